@@ -1,0 +1,208 @@
+"""What a recipe may say: one pydantic model a section, every field with its meaning.
+
+The schema checks what can be seen in the recipe alone (types, ranges, combinations). What needs the model's config or
+the machines is checked in `plan`. Field descriptions are shown by ``llmpipe recipes schema`` and in editors.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Auto = Literal["auto"]
+PositiveInt = Annotated[int, Field(ge=1)]
+TaskName = Literal[
+    "causal-lm", "masked-lm", "chat", "classification", "question-answering", "translation", "token-classification"
+]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are not coerced across types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    config: dict[str, Any] | None = None
+    """Hugging Face config fields with `model_type`; the model is built from scratch."""
+    from_: str | None = Field(default=None, alias="from")
+    """Hub id or directory of a pretrained model to start from."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub id in `from`."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of parameters and activations; bf16 and fp16 keep fp32 master weights."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention kernel; auto leaves the choice to transformers."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Sets every dropout probability of the model's config; unset keeps the config's own."""
+    trust_remote_code: bool = False
+    """Allow Python code that comes with the model to run."""
+
+
+class TokenizerTraining(Section):
+    vocab_size: Annotated[int, Field(ge=260)] = 8000
+    """Entries of the byte-level BPE vocabulary, the 256 bytes and the special tokens included."""
+    max_documents: PositiveInt | None = None
+    """Train on the first documents only."""
+
+
+class TrainedTokenizer(Section):
+    train: TokenizerTraining
+    """Train a byte-level BPE tokenizer on the recipe's own training text."""
+
+
+class DataSource(Section):
+    files: str | list[str] | None = None
+    """Glob pattern(s) of text, JSONL, CSV or parquet files, optionally compressed with gzip; `{stdlib}` stands for
+    the folder of Python's standard library."""
+    exclude: str | list[str] | None = None
+    """Glob pattern(s) of files to leave out."""
+    format: Literal["auto", "text", "jsonl", "csv", "parquet"] = "auto"
+    """File format; auto goes by the file name's ending, and takes any other ending as text."""
+    dataset: str | None = None
+    """Hub id or folder of a dataset that `datasets.load_dataset` opens."""
+    subset: str | None = None
+    """Configuration name of `dataset`."""
+    split: str | None = None
+    """Split of `dataset`, for example train."""
+    revision: str | None = None
+    """Branch, tag or commit of `dataset`."""
+    streaming: bool = False
+    """Read `dataset` as a stream instead of downloading it first."""
+    synthetic: bool = False
+    """Random token ids instead of text, for benchmarks."""
+    fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Validation only: hold out this share of the training documents, chosen by a hash of their content."""
+    text: str = "text"
+    """Field with the text."""
+    label: str = "label"
+    """Classification: field with the label."""
+    source: str = "source"
+    """Translation: field with the input text."""
+    target: str = "target"
+    """Translation: field with the output text."""
+    max_documents: PositiveInt | None = None
+    """Use the first documents only."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a line that cannot be read does: end with file and line, or be skipped and counted."""
+
+
+class DataSection(Section):
+    train: DataSource | None = None
+    """Training data."""
+    validation: DataSource | None = None
+    """Held-out data; `{fraction: 0.02}` holds out a share of the training documents."""
+    sequence_len: PositiveInt = 1024
+    """Tokens a sample."""
+    target_sequence_len: PositiveInt | None = None
+    """Translation: tokens of the output text; unset takes `sequence_len`."""
+    packing: bool = True
+    """Language modelling: fill each sample with consecutive text; off pads one document a sample."""
+    source_prefix: str = ""
+    """Translation: text put before each input."""
+    shuffle: bool = True
+    """Draw samples in a random order that depends on the seed alone."""
+
+
+class EarlyStopping(Section):
+    metric: str = "loss"
+    """Validation metric that has to improve."""
+    patience: PositiveInt = 3
+    """Evaluations without improvement before training ends."""
+    min_delta: Annotated[float, Field(ge=0.0)] = 0.0
+    """Smallest change that counts as an improvement."""
+
+
+class TrainSection(Section):
+    max_steps: PositiveInt | None = None
+    """Optimizer steps; wins over `num_train_epochs`."""
+    num_train_epochs: Annotated[float, Field(gt=0.0)] | None = None
+    """Passes over the training data."""
+    global_batch_size: PositiveInt = 8
+    """Samples an optimizer step, over all devices."""
+    micro_batch_size: PositiveInt | Auto = "auto"
+    """Samples a micro-batch."""
+    gradient_accumulation_steps: PositiveInt | None = None
+    """Micro-batches a step and replica; follows from the batch sizes and the layout, and is checked when given."""
+    optimizer: Literal["adamw", "sgd", "adafactor", "lion"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Momentum of SGD."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "inverse_sqrt", "wsd"] = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Share of all steps over which the learning rate rises from zero."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps of warm-up; wins over `warmup_ratio`."""
+    min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Learning rate at the end of cosine and wsd, as a share of `learning_rate`."""
+    decay_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    """wsd: share of all steps over which the learning rate falls at the end."""
+    max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
+    """Gradients are scaled down to this norm; 0 turns clipping off."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
+    """Decides weights from scratch, sample order and dropout."""
+    early_stopping: EarlyStopping | None = None
+
+
+class ParallelSection(Section):
+    pipeline: PositiveInt | Auto = "auto"
+    """Stages."""
+    tensor: PositiveInt | Auto = "auto"
+    """Tensor shards inside a stage."""
+    data: PositiveInt | Auto = "auto"
+    """Replicas of the pipeline."""
+    schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"] = "auto"
+    """Order of forward and backward passes."""
+    partition: list[PositiveInt] | Auto = "auto"
+    """Layers of each stage, embedding and head counted as layers; auto balances by FLOPs."""
+    zero_stage: Literal[0, 1] | Auto = "auto"
+    """ZeRO stage: 1 shards the optimizer state over the replicas."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """Recompute activations in the backward pass instead of keeping them."""
+    wire_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format between stages; auto keeps the model's."""
+
+
+class CheckpointSection(Section):
+    every_steps: PositiveInt | None = None
+    """Save after so many steps; unset saves at the end only."""
+    keep: PositiveInt | None = None
+    """Keep the newest checkpoints only; unset keeps all."""
+    keep_best: str | None = None
+    """Validation metric whose best checkpoint is kept besides, under `checkpoints/best`."""
+    max_shard_size: str = "5GB"
+    """Size of one weights file."""
+
+
+class EvaluationSection(Section):
+    every_steps: PositiveInt | None = None
+    """Evaluate on the validation data after so many steps; unset evaluates at the end only."""
+    max_samples: PositiveInt | None = None
+    """Use the first validation samples only, while training."""
+
+
+class Recipe(Section):
+    """One training job."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    """Name of the run; letters, digits, '.', '_' and '-'."""
+    task: TaskName = "causal-lm"
+    """What is learned."""
+    model: ModelSection
+    tokenizer: str | TrainedTokenizer | None = None
+    """Hub id or directory, or `{train: {vocab_size: 8000}}`; unset takes the one beside `model.from`."""
+    data: DataSection = Field(default_factory=DataSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    parallel: ParallelSection = Field(default_factory=ParallelSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    """Where metrics go besides metrics.jsonl."""
+    output_dir: str = "runs"
+    """Folder of the run directories."""
