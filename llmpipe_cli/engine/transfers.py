@@ -1,0 +1,151 @@
+"""Tensors between neighbouring stages, asynchronously.
+
+Activations travel to the next stage over one process group and gradients to the previous one over another, so that
+each communicator carries messages in one direction and in one order. Receives are posted before they are needed into
+fresh tensors; a sent tensor is kept alive until its request is done; nothing waits before its data is needed.
+
+Both ends know the batch a message belongs to. Shapes are therefore sent only once for every new combination of input
+shapes: the sender puts a header in front, and both ends remember it under the same key.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Hashable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from llmpipe_cli.errors import RankError
+
+_DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool]
+_MAX_DIMS = 6
+_FIELDS = 2 + _MAX_DIMS  # dtype, number of dimensions, sizes
+
+Spec = tuple[torch.dtype, tuple[int, ...]]
+
+
+def batch_key(batch: dict[str, torch.Tensor]) -> Hashable:
+    """What decides the shapes of all activations of a micro-batch: the names and shapes of its inputs."""
+    return tuple((name, tuple(tensor.shape)) for name, tensor in batch.items())
+
+
+def _encode(specs: Sequence[Spec]) -> torch.Tensor:
+    """Specs as one int64 tensor of shape [len(specs), _FIELDS]."""
+    header = torch.zeros(len(specs), _FIELDS, dtype=torch.int64)
+    for row, (dtype, shape) in zip(header, specs, strict=True):
+        row[0], row[1] = _DTYPES.index(dtype), len(shape)
+        row[2 : 2 + len(shape)] = torch.tensor(shape, dtype=torch.int64)
+    return header
+
+
+def _decode(header: torch.Tensor) -> list[Spec]:
+    return [(_DTYPES[row[0]], tuple(row[2 : 2 + row[1]])) for row in header.tolist()]
+
+
+class Sender:
+    """Sends groups of tensors to one peer and keeps them alive until they are gone.
+
+    Args:
+        peer: global rank of the receiver.
+        group: process group of this direction.
+        device: device of header tensors.
+    """
+
+    def __init__(self, peer: int, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._peer, self._group, self._device = peer, group, device
+        self._pending: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._known: set[Hashable] = set()
+
+    def send(self, tensors: Sequence[torch.Tensor], key: Hashable | None) -> None:
+        """Start sending `tensors`; a header goes first when `key` is new. A key of None never needs a header."""
+        if key is not None and key not in self._known:
+            self._known.add(key)
+            specs = [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
+            self._start(_encode(specs).to(self._device))
+        for tensor in tensors:
+            self._start(tensor.detach().contiguous())
+        while self._pending and self._pending[0][0].is_completed():
+            self._pending.popleft()
+
+    def _start(self, tensor: torch.Tensor) -> None:
+        if tensor.numel():
+            self._pending.append((dist.isend(tensor, self._peer, group=self._group), tensor))
+
+    def finish(self) -> None:
+        """Wait until everything has left."""
+        while self._pending:
+            self._pending.popleft()[0].wait()
+
+
+class Receiver:
+    """Receives groups of tensors from one peer in the order in which they were announced.
+
+    Args:
+        peer: global rank of the sender.
+        group: process group of this direction.
+        device: device of the received tensors.
+        num_tensors: tensors in a group when the shapes come with a header.
+        ahead: groups that may be in flight before the first one is asked for.
+    """
+
+    def __init__(
+        self, peer: int, group: dist.ProcessGroup, device: torch.device, num_tensors: int = 0, ahead: int = 2
+    ) -> None:
+        self._peer, self._group, self._device = peer, group, device
+        self._num_tensors, self._ahead = num_tensors, ahead
+        self._known: dict[Hashable, list[Spec]] = {}
+        self._announced: deque[tuple[Hashable | None, list[Spec] | None]] = deque()
+        self._posted: deque[list[tuple[torch.Tensor, dist.Work | None]]] = deque()
+        self.wait_seconds = 0.0
+
+    def announce(self, key: Hashable | None, specs: list[Spec] | None = None) -> None:
+        """Say that a group will come next: by `key` when a header tells its shapes, or by its `specs`."""
+        self._announced.append((key, specs))
+        self._post_ahead()
+
+    def receive(self) -> list[torch.Tensor]:
+        """The oldest announced group; waits until it is here."""
+        started = time.perf_counter()
+        if not self._posted:
+            key, specs = self._announced.popleft()
+            specs = self._specs(key, specs)
+            self._posted.append(self._post(self._receive_header(key) if specs is None else specs))
+        tensors = []
+        for tensor, work in self._posted.popleft():
+            if work is not None:
+                work.wait()
+            tensors.append(tensor)
+        self._post_ahead()
+        self.wait_seconds += time.perf_counter() - started
+        return tensors
+
+    def _specs(self, key: Hashable | None, specs: list[Spec] | None) -> list[Spec] | None:
+        return specs if specs is not None else self._known.get(key)
+
+    def _post_ahead(self) -> None:
+        while self._announced and len(self._posted) < self._ahead:
+            key, specs = self._announced[0]
+            specs = self._specs(key, specs)
+            if specs is None:
+                return  # its header comes first, and only when everything before it has been taken
+            self._announced.popleft()
+            self._posted.append(self._post(specs))
+
+    def _post(self, specs: list[Spec]) -> list[tuple[torch.Tensor, dist.Work | None]]:
+        posted = []
+        for dtype, shape in specs:
+            tensor = torch.empty(shape, dtype=dtype, device=self._device)
+            work = dist.irecv(tensor, self._peer, group=self._group) if tensor.numel() else None
+            posted.append((tensor, work))
+        return posted
+
+    def _receive_header(self, key: Hashable) -> list[Spec]:
+        header = torch.zeros(self._num_tensors, _FIELDS, dtype=torch.int64, device=self._device)
+        dist.recv(header, self._peer, group=self._group)
+        specs = _decode(header)
+        if any(dim < 0 for _, shape in specs for dim in shape):
+            raise RankError(f"rank {self._peer} announced activations of impossible shapes: {specs}")
+        self._known[key] = specs
+        return specs
