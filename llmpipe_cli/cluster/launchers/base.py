@@ -1,0 +1,119 @@
+"""What every launcher offers: show the commands, start the ranks, watch them, stop them.
+
+A launcher turns a `LaunchSpec` into one `NodeCommand` a node. `start` gives a `Job`; the controller polls it, so that
+one loop can also draw the progress and listen to signals.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from llmpipe_cli.cluster.outcome import Outcome
+from llmpipe_cli.cluster.rank import DEFAULT_WORKER
+from llmpipe_cli.run import RunDirectory
+
+_SECRET = re.compile(r"TOKEN(?!IZERS?_)|SECRET|PASSW|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL|_AUTH", re.IGNORECASE)
+MASK = "********"
+
+
+@dataclass(frozen=True)
+class LaunchSpec:
+    """One job to start.
+
+    Args:
+        run: its run directory; plan.json is written there before the start.
+        stages: pipeline stage of each rank; its length is the number of ranks.
+        device: cpu or cuda.
+        grace_seconds: how long the ranks may take to save and end after a stop is asked for.
+        environment: variables to add for the ranks (``--env KEY=VALUE``).
+        worker: module each rank runs with the run directory as its only argument.
+    """
+
+    run: RunDirectory
+    stages: tuple[int, ...]
+    device: str
+    grace_seconds: float = 120.0
+    environment: Mapping[str, str] = field(default_factory=dict)
+    worker: str = DEFAULT_WORKER
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.stages)
+
+
+@dataclass(frozen=True)
+class NodeCommand:
+    """What is started on one node.
+
+    Args:
+        host: the node's name.
+        argv: the command line.
+        environment: variables set besides the inherited ones.
+    """
+
+    host: str
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+
+    def shown_environment(self) -> dict[str, str]:
+        """`environment` with the values of secrets masked."""
+        return {key: MASK if is_secret(key) else value for key, value in self.environment.items()}
+
+    def script(self) -> str:
+        """The command as lines of a shell script; secrets are expected in the environment of whoever runs it."""
+        lines = [
+            f"# {key} is taken from the environment" if is_secret(key) else f"export {key}={shlex.quote(value)}"
+            for key, value in self.environment.items()
+        ]
+        return "\n".join([*lines, f"exec {shlex.join(self.argv)}"])
+
+
+class Job(ABC):
+    """A started job. All calls return at once."""
+
+    @abstractmethod
+    def poll(self) -> Outcome | None:
+        """The outcome once all processes are gone, None while they run."""
+
+    @abstractmethod
+    def request_stop(self) -> None:
+        """Ask the ranks to save and end; after the grace period they are killed."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """End all processes now."""
+
+
+class Launcher(ABC):
+    """Starts jobs in one way."""
+
+    name: str
+
+    @abstractmethod
+    def commands(self, spec: LaunchSpec) -> list[NodeCommand]:
+        """Exactly what `start` would run, one command a node."""
+
+    @abstractmethod
+    def start(self, spec: LaunchSpec) -> Job:
+        """Start all ranks; call it from the main thread.
+
+        Raises:
+            NodeError: the processes could not be started.
+        """
+
+
+def is_secret(variable: str) -> bool:
+    """Whether a variable's name says that its value must not be shown."""
+    return bool(_SECRET.search(variable))
+
+
+def launch_script(commands: list[NodeCommand]) -> str:
+    """The text of launch.sh: what was started on each node, secrets left out."""
+    parts = ["#!/bin/sh", "# What was started; secrets come from the environment."]
+    for command in commands:
+        parts += [f"# on {command.host}", command.script()]
+    return "\n".join(parts) + "\n"
