@@ -32,7 +32,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a small text file so that a reader sees the old content or the new one, never a part."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(text, encoding="utf-8", errors="surrogateescape")
-    os.replace(aside, path)
+    aside.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from llmpipe_cli.errors import PreflightError, UsageError
@@ -75,7 +76,7 @@ def _cpu(requested: int | None) -> Devices:
 
 def _cuda_devices() -> list[tuple[str, int]]:
     """(name, memory in bytes) of each CUDA or ROCm device that torch can use and the environment shows."""
-    if not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
+    if not any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
         return []
     import torch
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmpipe_cli.cluster.processes import is_running
 from llmpipe_cli.errors import (
     EXIT_STOPPED,
     CheckpointError,
@@ -90,13 +91,27 @@ def has_failed(run: RunDirectory, num_ranks: int) -> bool:
     return any(run.rank_error(rank).exists() for rank in range(num_ranks))
 
 
-def judge(run: RunDirectory, stages: Sequence[int], agent_code: int | None) -> Outcome:
+def vanished_guardians(run: RunDirectory, num_ranks: int) -> list[int]:
+    """Ranks on this machine whose guardian is gone without having noted the end: it was killed by SIGKILL itself."""
+    vanished = []
+    for rank in range(num_ranks):
+        record = read_json(run.rank_record(rank))
+        if record and "returncode" not in record and not is_running(record["pid"]):
+            # Its last act may have come between the two looks.
+            record = read_json(run.rank_record(rank))
+            if record and "returncode" not in record:
+                vanished.append(rank)
+    return vanished
+
+
+def judge(run: RunDirectory, stages: Sequence[int], agent_code: int | None, vanished: Sequence[int] = ()) -> Outcome:
     """The outcome after all processes are gone.
 
     Args:
         run: the run directory.
         stages: pipeline stage of each rank; its length is the number of ranks.
         agent_code: how the node's agent ended; None if it was killed by the controller.
+        vanished: ranks whose guardian was seen to be gone, without a record of the end, before anything was killed.
     """
     num_ranks = len(stages)
     records = ended_ranks(run, num_ranks)
@@ -107,8 +122,7 @@ def judge(run: RunDirectory, stages: Sequence[int], agent_code: int | None) -> O
     if len(records) == num_ranks and not any(record["agent_lost"] for record in records.values()):
         stopped = any(record["returncode"] == EXIT_STOPPED for record in records.values())
         return Outcome(EXIT_STOPPED if stopped else 0)
-    vanished = [rank for rank in range(num_ranks) if rank not in records and run.rank_record(rank).exists()]
-    if vanished and agent_code not in (None, -signal.SIGKILL):
+    if vanished:
         error = RankError(
             "the process that guards the rank was killed (SIGKILL)",
             where=_place(vanished[0], read_json(run.rank_record(vanished[0])) or {}, stages[vanished[0]]),

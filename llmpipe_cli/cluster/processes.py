@@ -10,6 +10,7 @@ that has threads. The starter has to stay alive in the thread that starts the co
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -41,6 +42,15 @@ def die_with_parent(sig: signal.Signals) -> None:
 def adopt_orphans() -> None:
     """Become the parent of all descendants whose own parent dies (Linux only)."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is more than a zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return stat[stat.rfind(")") + 2] not in "ZX"
 
 
 def kill_descendants(timeout_seconds: float = 5.0) -> None:
@@ -79,10 +89,8 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def _reap() -> None:
@@ -96,11 +104,12 @@ def _reap() -> None:
 
 
 def _all_pids() -> Iterator[int]:
-    if not os.path.isdir("/proc"):
+    proc = Path("/proc")
+    if not proc.is_dir():
         return
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            yield int(name)
+    for entry in proc.iterdir():
+        if entry.name.isdigit():
+            yield int(entry.name)
 
 
 def _descendants(root: int) -> list[int]:

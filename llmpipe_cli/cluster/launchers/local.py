@@ -9,6 +9,7 @@ torchrun picks a free port itself and binds it before the ranks start, so no por
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -20,7 +21,7 @@ from typing import IO
 
 from llmpipe_cli.cluster.devices import num_cores
 from llmpipe_cli.cluster.launchers.base import Job, Launcher, LaunchSpec, NodeCommand, launch_script
-from llmpipe_cli.cluster.outcome import Outcome, has_failed, judge
+from llmpipe_cli.cluster.outcome import Outcome, has_failed, judge, vanished_guardians
 from llmpipe_cli.cluster.processes import guard_environment, guarded, kill_marked
 from llmpipe_cli.cluster.rank import RUN_VARIABLE, WORKER_VARIABLE
 from llmpipe_cli.errors import EXIT_INTERRUPTED, NodeError, RankError
@@ -67,6 +68,7 @@ class LocalJob(Job):
         self._deadline: float | None = None
         self._deadline_reason = ""
         self._kill_requested = False
+        self._vanished: list[int] = []
         write_text(spec.run.launch_script, launch_script([command]))
         spec.run.launch_script.chmod(0o755)
         environment = os.environ | dict(command.environment) | guard_environment() | {_MARK: self._mark}
@@ -107,7 +109,10 @@ class LocalJob(Job):
 
     def _watch(self) -> None:
         """Start the clock when a rank has failed, so that the others cannot hold up the end."""
-        if self._deadline_reason != "failure" and has_failed(self._spec.run, self._spec.num_ranks):
+        if self._deadline_reason == "failure":
+            return
+        self._vanished = vanished_guardians(self._spec.run, self._spec.num_ranks)
+        if self._vanished or has_failed(self._spec.run, self._spec.num_ranks):
             self._set_deadline(_COLLECT_SECONDS, "failure")
 
     def _set_deadline(self, seconds: float, reason: str) -> None:
@@ -122,7 +127,7 @@ class LocalJob(Job):
         self._kill_all()
         if self._kill_requested:
             return Outcome(EXIT_INTERRUPTED)
-        outcome = judge(self._spec.run, self._spec.stages, agent_code)
+        outcome = judge(self._spec.run, self._spec.stages, agent_code, self._vanished)
         if agent_code is None and self._deadline_reason == "stop" and outcome.rank is None:
             error = RankError(
                 f"the ranks did not save and end within {self._spec.grace_seconds:g} s and were killed",
@@ -134,10 +139,8 @@ class LocalJob(Job):
     def _kill_all(self) -> None:
         """Kill the agent, its group, and whatever else carries this job's mark; wait until nothing does."""
         if self._agent.poll() is None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._agent.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             self._agent.wait()
         # The guardians see that the agent is gone and end their workers; what they cannot reach is killed by its mark.
         end = time.monotonic() + 10.0
@@ -163,5 +166,3 @@ def _environment(spec: LaunchSpec) -> dict[str, str]:
         WORKER_VARIABLE: spec.worker,
     }
     return chosen | dict(spec.environment) | fixed
-
-
