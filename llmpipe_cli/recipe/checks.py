@@ -1,0 +1,382 @@
+"""Checks combinations of recipe fields, as far as the recipe alone tells.
+
+Each check looks at a recipe whose single values are right and yields findings. A finding names the dotted fields it is
+about: the first is the place it is shown at, and a finding is dropped when one of its fields already has a problem of
+its own. What needs the model's config or the machines is checked in `plan`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+
+from llmpipe_cli.recipe.names import nearest
+from llmpipe_cli.recipe.schema import DataSource, Recipe, TrainedTokenizer
+
+LANGUAGE_MODELLING = ("causal-lm", "masked-lm")
+METRICS: dict[str, tuple[str, ...]] = {
+    "causal-lm": ("loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"),
+    "masked-lm": ("loss", "perplexity"),
+    "classification": ("loss", "accuracy", "precision_macro", "recall_macro", "f1_macro", "f1_micro"),
+    "translation": ("loss", "bleu", "chrf"),
+}
+"""Validation metrics of each task, as `evaluate` reports them."""
+
+NOT_YET_TASKS = ("chat", "question-answering", "token-classification")
+SCHEDULES = ("auto", "1f1b", "gpipe")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong (or, as a warning, pointless) about the fields `paths`."""
+
+    paths: tuple[str, ...]
+    message: str
+    hint: str | None = None
+    is_warning: bool = False
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What the checks share."""
+
+    recipe: Recipe
+    job: str | None
+    locked: bool
+
+    def given(self, dotted: str) -> bool:
+        """True when the field was written. A lock file writes every field: there, when it is not the default."""
+        *parents, last = dotted.split(".")
+        section: BaseModel | None = self.recipe
+        for name in parents:
+            section = getattr(section, name, None)
+        if section is None or last not in section.model_fields_set:
+            return False
+        value, default = getattr(section, last), type(section).model_fields[last].get_default()
+        return value is not None and not (self.locked and value == default)
+
+
+def check(recipe: Recipe, *, job: str | None = None, locked: bool = False) -> list[Finding]:
+    """All findings about a recipe, in no particular order.
+
+    Args:
+        job: "train" and "evaluate" also ask for what the job needs; None checks what is written.
+        locked: the recipe is a lock file, in which every default is written out.
+    """
+    context = _Context(recipe, job, locked)
+    return [finding for function in _CHECKS for finding in function(context)]
+
+
+def _task(context: _Context) -> Iterator[Finding]:
+    if context.recipe.task in NOT_YET_TASKS:
+        hint = "causal-lm, masked-lm, classification and translation are"
+        yield Finding(("task",), f"the task {context.recipe.task} is not available in this version", hint)
+
+
+def _model(context: _Context) -> Iterator[Finding]:
+    model = context.recipe.model
+    if model.config is None and model.from_ is None:
+        hint = "config: {model_type: ...} builds one from scratch, from: NAME takes a pretrained one"
+        yield Finding(("model",), "the model needs either `config` or `from`", hint)
+    if model.config is not None and model.from_ is not None:
+        hint = "remove one; in a recipe that extends another, `config: null` removes the inherited one"
+        yield Finding(("model.from", "model.config"), "`model.config` and `model.from` exclude each other", hint)
+    if model.config is not None:
+        model_type = model.config.get("model_type")
+        if model_type is None:
+            hint = "for example model_type: llama"
+            yield Finding(("model.config",), "`model.config` needs `model_type`", hint)
+        elif not isinstance(model_type, str):
+            yield Finding(("model.config.model_type",), f"`model_type` expects a text, found {model_type!r}")
+    if model.revision is not None and model.from_ is None:
+        yield Finding(("model.revision",), "`model.revision` belongs to `model.from`", "remove it, or name the model")
+
+
+def _tokenizer(context: _Context) -> Iterator[Finding]:
+    recipe = context.recipe
+    if not isinstance(recipe.tokenizer, TrainedTokenizer):
+        return
+    if recipe.model.from_ is not None:
+        hint = "leave `tokenizer` out: the one beside the model is taken"
+        message = "a newly trained tokenizer does not fit the embeddings of a pretrained model"
+        yield Finding(("tokenizer", "model.from"), message, hint)
+    if recipe.data.train is not None and recipe.data.train.synthetic:
+        message = "a tokenizer cannot be trained on synthetic data"
+        yield Finding(("tokenizer", "data.train"), message, "leave `tokenizer` out: random ids need none")
+    rows = (recipe.model.config or {}).get("vocab_size")
+    entries = recipe.tokenizer.train.vocab_size
+    if isinstance(rows, int) and rows < entries:
+        message = f"the model has {rows} embeddings, the tokenizer {entries} entries"
+        hint = f"write vocab_size: {entries} under model.config:, or leave it out there"
+        yield Finding(("model.config.vocab_size", "tokenizer.train.vocab_size"), message, hint)
+
+
+def _data_sources(context: _Context) -> Iterator[Finding]:
+    data = context.recipe.data
+    for name, source in (("train", data.train), ("validation", data.validation)):
+        if source is not None:
+            yield from _data_source(context, f"data.{name}", source)
+    train, validation = data.train, data.validation
+    if train is not None and train.fraction is not None:
+        hint = "write validation: {fraction: ...} beside train:"
+        yield Finding(("data.train.fraction",), "`fraction` holds out validation data", hint)
+    if validation is not None and validation.fraction is not None:
+        if train is None:
+            message = "`fraction` holds out a share of data.train, which is missing"
+            yield Finding(("data.validation.fraction", "data.train"), message)
+        elif train.synthetic:
+            message = "synthetic data has no documents to hold out"
+            yield Finding(("data.validation.fraction", "data.train"), message, "write validation: {synthetic: true}")
+
+
+def _data_source(context: _Context, path: str, source: DataSource) -> Iterator[Finding]:
+    origins = [
+        name
+        for name, given in (
+            ("files", source.files is not None),
+            ("dataset", source.dataset is not None),
+            ("synthetic", source.synthetic),
+            ("fraction", source.fraction is not None and path == "data.validation"),
+        )
+        if given
+    ]
+    if not origins and source.fraction is None:
+        hint = 'files: "corpus/*.txt", dataset: HUB-ID, or synthetic: true'
+        yield Finding((path,), f"`{path}` names no data", hint)
+    if len(origins) > 1:
+        paths = tuple(f"{path}.{name}" for name in reversed(origins))
+        yield Finding(paths, f"`{origins[0]}` and `{origins[1]}` exclude each other", "keep one of the two")
+    if source.files is not None and (not source.files or (isinstance(source.files, list) and "" in source.files)):
+        yield Finding((f"{path}.files",), "`files` names no file", 'files: "corpus/*.txt"')
+    if source.dataset == "":
+        yield Finding((f"{path}.dataset",), "`dataset` is empty", "write a hub id or a folder")
+    for field in ("subset", "split", "revision", "streaming"):
+        if context.given(f"{path}.{field}") and getattr(source, field) and source.dataset is None:
+            yield Finding((f"{path}.{field}", f"{path}.dataset"), f"`{field}` belongs to `dataset`, which is missing")
+    for field in ("exclude", "format"):
+        if context.given(f"{path}.{field}") and source.files is None:
+            yield Finding((f"{path}.{field}", f"{path}.files"), f"`{field}` belongs to `files`, which is missing")
+    yield from _data_fields(context, path)
+
+
+_FIELDS_OF_TASKS = {
+    "text": ("causal-lm", "masked-lm", "classification"),
+    "label": ("classification",),
+    "source": ("translation",),
+    "target": ("translation",),
+}
+
+
+def _data_fields(context: _Context, path: str) -> Iterator[Finding]:
+    task = context.recipe.task
+    for field, tasks in _FIELDS_OF_TASKS.items():
+        if context.given(f"{path}.{field}") and task not in tasks and task not in NOT_YET_TASKS:
+            hint = "it reads `source` and `target`" if task == "translation" else "it reads `text`"
+            hint = "it reads `text` and `label`" if task == "classification" else hint
+            message = f"the task {task} does not read `{field}`"
+            yield Finding((f"{path}.{field}", "task"), message, hint)
+
+
+def _data_shape(context: _Context) -> Iterator[Finding]:
+    recipe = context.recipe
+    if (
+        recipe.task not in (*LANGUAGE_MODELLING, *NOT_YET_TASKS)
+        and context.given("data.packing")
+        and recipe.data.packing
+    ):
+        message = f"packing is for language modelling; the task {recipe.task} has one record a sample"
+        yield Finding(("data.packing", "task"), message, "leave it out")
+    if recipe.task != "translation":
+        for field in ("source_prefix", "target_sequence_len"):
+            if context.given(f"data.{field}") and getattr(recipe.data, field):
+                yield Finding((f"data.{field}", "task"), f"`{field}` is for translation", "leave it out")
+    if recipe.data.sequence_len < 2 and recipe.task == "causal-lm":
+        message = "a sample of one token has nothing to predict"
+        yield Finding(("data.sequence_len",), message, "sequence_len: 1024")
+
+
+def _length(context: _Context) -> Iterator[Finding]:
+    recipe, train = context.recipe, context.recipe.train
+    if train.max_steps is None and train.num_train_epochs is None:
+        if context.job == "train" or (context.job is None and recipe.data.train is not None):
+            message = "how long to train is not said: `max_steps` or `num_train_epochs` is needed"
+            yield Finding(("train", "train.max_steps", "train.num_train_epochs"), message, "train: {max_steps: 1000}")
+    elif train.max_steps is None and recipe.data.train is not None and recipe.data.train.synthetic:
+        message = "synthetic data has no epochs"
+        yield Finding(("train.num_train_epochs", "data.train"), message, "write max_steps")
+    if train.warmup_steps is not None and train.max_steps is not None and train.warmup_steps > train.max_steps:
+        message = f"the warm-up of {train.warmup_steps} steps is longer than the training of {train.max_steps}"
+        yield Finding(("train.warmup_steps", "train.max_steps"), message, "shorten it, or write warmup_ratio: 0.05")
+    if train.lr_scheduler_type == "wsd":
+        share = train.warmup_ratio
+        if train.warmup_steps is not None and train.max_steps is not None:
+            share = train.warmup_steps / train.max_steps
+        if share <= 1 and share + train.decay_ratio > 1:
+            message = f"warm-up ({share:g}) and decay ({train.decay_ratio:g}) are longer than the whole training"
+            first = "train.decay_ratio" if context.given("train.decay_ratio") else "train.lr_scheduler_type"
+            yield Finding(
+                (first, "train.warmup_ratio", "train.warmup_steps"), message, "lower decay_ratio or the warm-up"
+            )
+
+
+def _batch(context: _Context) -> Iterator[Finding]:
+    """global batch = micro-batch size x micro-batches a replica x replicas, as far as the three are known."""
+    train, replicas = context.recipe.train, context.recipe.parallel.data
+    factors = {
+        "train.micro_batch_size": None if train.micro_batch_size == "auto" else train.micro_batch_size,
+        "train.gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "parallel.data": None if replicas == "auto" else replicas,
+    }
+    known = {path: factor for path, factor in factors.items() if factor is not None}
+    if not known:
+        return
+    product = 1
+    for factor in known.values():
+        product *= factor
+    complete = len(known) == len(factors)
+    total = train.global_batch_size
+    if (total == product) if complete else (total % product == 0):
+        return
+    text = " x ".join(f"{path.rpartition('.')[2]} {factor}" for path, factor in known.items())
+    text = text if len(known) == 1 else f"{text} = {product}"
+    default = "" if context.given("train.global_batch_size") else " (the default)"
+    relation = "is not" if complete else "is not a multiple of"
+    message = f"global_batch_size {total}{default} {relation} {text}"
+    if complete:
+        hint = f"write global_batch_size: {product}, or leave gradient_accumulation_steps out: it follows"
+    else:
+        lower, upper = total // product * product, (total // product + 1) * product
+        hint = f"write global_batch_size: {upper}" + (f" or {lower}" if lower else "")
+    given = [path for path in ("train.global_batch_size", *known) if context.given(path)]
+    yield Finding((given[0], "train.global_batch_size", *factors), message, hint)
+
+
+def _parallel(context: _Context) -> Iterator[Finding]:
+    parallel = context.recipe.parallel
+    if isinstance(parallel.tensor, int) and parallel.tensor > 1:
+        hint = "write 1 or auto, and split the model by pipeline stages"
+        yield Finding(("parallel.tensor",), "tensor shards are not available in this version", hint)
+    if parallel.schedule not in SCHEDULES:
+        hint = "write auto, 1f1b or gpipe"
+        yield Finding(
+            ("parallel.schedule",), f"the schedule {parallel.schedule} is not available in this version", hint
+        )
+    if isinstance(parallel.partition, list) and isinstance(parallel.pipeline, int):
+        num_stages = len(parallel.partition)
+        if num_stages != parallel.pipeline:
+            message = f"`partition` names {num_stages} stages, `pipeline` {parallel.pipeline}"
+            hint = f"write pipeline: {num_stages}, or one number a stage"
+            yield Finding(("parallel.partition", "parallel.pipeline"), message, hint)
+    if parallel.partition == []:
+        yield Finding(("parallel.partition",), "`partition` is empty", "write one number a stage, or auto")
+
+
+def _precision(context: _Context) -> Iterator[Finding]:
+    recipe = context.recipe
+    dtype, zero_stage, optimizer = recipe.model.dtype, recipe.parallel.zero_stage, recipe.train.optimizer
+    if dtype in ("bf16", "fp16") and zero_stage == 0:
+        message = (
+            f"{dtype} training keeps fp32 master weights and gradients, which DeepSpeed's pipelines do with ZeRO-1 only"
+        )
+        yield Finding(("parallel.zero_stage", "model.dtype"), message, "write zero_stage: 1 or auto")
+    if optimizer == "adafactor" and (zero_stage == 1 or dtype != "fp32"):
+        reason = "zero_stage: 1" if zero_stage == 1 else f"dtype: {dtype}, which implies ZeRO-1,"
+        message = f"adafactor does not work with {reason}: its row and column statistics cannot be cut into flat slices"
+        yield Finding(("train.optimizer", "parallel.zero_stage", "model.dtype"), message, "write optimizer: adamw")
+    wire = recipe.parallel.wire_dtype
+    if wire == "fp32" and dtype != "fp32":
+        message = f"sending fp32 between stages that compute in {dtype} doubles the traffic and adds no digit"
+        yield Finding(("parallel.wire_dtype", "model.dtype"), message, "write wire_dtype: auto")
+    if wire == "bf16" and dtype == "fp16":
+        message = "sending the fp16 activations of a model as bf16 loses digits and saves no traffic"
+        yield Finding(("parallel.wire_dtype", "model.dtype"), message, "write wire_dtype: auto")
+
+
+def _evaluation(context: _Context) -> Iterator[Finding]:
+    recipe = context.recipe
+    wanted = []
+    if recipe.train.early_stopping is not None:
+        wanted.append(("train.early_stopping", "train.early_stopping.metric", recipe.train.early_stopping.metric))
+    if recipe.checkpoint.keep_best is not None:
+        wanted.append(("checkpoint.keep_best", "checkpoint.keep_best", recipe.checkpoint.keep_best))
+    for path, metric_path, metric in wanted:
+        name = path.rpartition(".")[2]
+        if recipe.data.validation is None:
+            message = f"`{name}` needs validation data"
+            yield Finding((path, "data.validation"), message, "write validation: {fraction: 0.02} under data:")
+        if recipe.evaluation.every_steps is None:
+            message = f"`{name}` needs evaluations while training"
+            yield Finding((path, "evaluation.every_steps"), message, "write evaluation: {every_steps: 500}")
+        metrics = METRICS.get(recipe.task, ())
+        if metrics and metric not in metrics:
+            near = nearest(metric.removeprefix("eval_"), metrics)
+            hint = f"did you mean {near}?" if near else f"its metrics are {', '.join(metrics)}"
+            yield Finding((metric_path, "task"), f"the task {recipe.task} has no metric `{metric}`", hint)
+    if recipe.data.validation is None:
+        for field in ("every_steps", "max_samples"):
+            if context.given(f"evaluation.{field}"):
+                message = "there is no validation data to evaluate on"
+                hint = "write validation: {fraction: 0.02} under data:"
+                yield Finding((f"evaluation.{field}", "data.validation"), message, hint)
+                break
+
+
+_SIZE = re.compile(r"\s*[1-9]\d*(\.\d+)?\s*(KB|MB|GB|KiB|MiB|GiB)\s*\Z", re.IGNORECASE)
+
+
+def _checkpoint(context: _Context) -> Iterator[Finding]:
+    size = context.recipe.checkpoint.max_shard_size
+    if not _SIZE.match(size):
+        message = f"`max_shard_size` expects a size such as 5GB, found {size[:40]!r}"
+        yield Finding(("checkpoint.max_shard_size",), message, "max_shard_size: 5GB")
+    if context.recipe.output_dir.strip() == "":
+        yield Finding(("output_dir",), "`output_dir` is empty", "output_dir: runs")
+
+
+def _needed_for_job(context: _Context) -> Iterator[Finding]:
+    recipe, data = context.recipe, context.recipe.data
+    if context.job == "train" and data.train is None:
+        yield Finding(("data", "data.train"), "there is no training data", 'data: {train: {files: "corpus/*.txt"}}')
+    if context.job == "evaluate" and data.validation is None:
+        hint = "data: {validation: {files: ...}}"
+        yield Finding(("data", "data.validation"), "there is no validation data to evaluate on", hint)
+    source = {"train": data.train, "evaluate": data.validation}.get(context.job or "")
+    if source is not None and not source.synthetic and recipe.tokenizer is None and recipe.model.from_ is None:
+        hint = "tokenizer: gpt2 takes that one; tokenizer: {train: {vocab_size: 8000}} trains one on the recipe's text"
+        yield Finding(("tokenizer", "model"), "a model from scratch needs a `tokenizer`", hint)
+
+
+def _without_effect(context: _Context) -> Iterator[Finding]:
+    """Options that the recipe's other choices leave without a meaning: told, but harmless."""
+    train = context.recipe.train
+    rules: tuple[tuple[str, str, bool], ...] = (
+        ("adam_beta1", "optimizers adamw and lion", train.optimizer in ("adamw", "lion")),
+        ("adam_beta2", "optimizers adamw and lion", train.optimizer in ("adamw", "lion")),
+        ("adam_epsilon", "the optimizer adamw", train.optimizer == "adamw"),
+        ("momentum", "the optimizer sgd", train.optimizer == "sgd"),
+        ("decay_ratio", "the schedule wsd", train.lr_scheduler_type == "wsd"),
+        ("min_lr_ratio", "the schedules cosine and wsd", train.lr_scheduler_type in ("cosine", "wsd")),
+    )
+    for field, used_by, is_used in rules:
+        if not is_used and context.given(f"train.{field}"):
+            yield Finding((f"train.{field}",), f"`{field}` has no effect: it is for {used_by}", None, is_warning=True)
+
+
+_CHECKS: tuple[Callable[[_Context], Iterator[Finding]], ...] = (
+    _task,
+    _model,
+    _tokenizer,
+    _data_sources,
+    _data_shape,
+    _length,
+    _batch,
+    _parallel,
+    _precision,
+    _evaluation,
+    _checkpoint,
+    _needed_for_job,
+    _without_effect,
+)
