@@ -1,0 +1,415 @@
+"""Turns a recipe's data into memory-mapped tokens, before any rank starts.
+
+    files or dataset -> records -> tokens -> cache folder -> `PreparedData`
+
+The tokenizer comes first, then the training split, then the validation split. Each has its own cache entry, named by
+a fingerprint of all it depends on: files (path, size, time of change) or dataset and commit, fields, tokenizer, the
+task's features. What only decides how tokens are cut into samples (`sequence_len` of a packed corpus) is not part of
+it, so changing that needs no new tokenising. When all entries exist, only file sizes and small JSON files are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from llmpipe_cli.data.cache import cached_folder, default_cache_dir, fingerprint
+from llmpipe_cli.data.prepared import PreparedData, PreparedSplit
+from llmpipe_cli.data.sources import Fields, Record, SkipLog, Source, open_source
+from llmpipe_cli.data.tokenizer import TokenizerInfo, prepare_tokenizer
+from llmpipe_cli.errors import UsageError
+from llmpipe_cli.recipe.schema import DataSource, Recipe
+from llmpipe_cli.tasks.features import FeatureOptions, check_available, feature_options, record_fields
+
+__all__ = ["PreparedData", "PreparedSplit", "prepare"]
+
+Progress = Callable[[str, int, int | None], None]
+
+_VERSION = 1  # of everything that decides a split's contents and is not in its fingerprint: raise it on change
+_SYNTHETIC_SAMPLES = {"train": 1 << 20, "validation": 64}
+_SYNTHETIC_LABELS = 2
+
+
+def prepare(
+    recipe: Recipe, base_dir: Path, cache_dir: Path | None = None, progress: Progress | None = None
+) -> PreparedData:
+    """Tokenises what is not in the cache yet.
+
+    Args:
+        recipe: the resolved recipe.
+        base_dir: the recipe's folder, for relative file names.
+        cache_dir: unset takes `LLMPIPE_CACHE` or ``~/.cache/llmpipe``.
+        progress: called with (what is being done, bytes read so far, all bytes or None).
+
+    Raises:
+        UsageError: no files, a malformed record, an empty corpus, an unknown label, a task that is not available.
+        PreflightError: the cache cannot be written.
+    """
+    return _Preparation(recipe, base_dir, cache_dir or default_cache_dir(), progress).run()
+
+
+class _Preparation:
+    """The state of one `prepare` call."""
+
+    def __init__(self, recipe: Recipe, base_dir: Path, cache_dir: Path, progress: Progress | None) -> None:
+        check_available(recipe.task)
+        self.recipe = recipe
+        self.base_dir = base_dir
+        self.cache_dir = cache_dir
+        self.progress = progress
+        self.train, self.validation = recipe.data.train, recipe.data.validation
+        # A share of the training documents can be held out; both splits then read the training source.
+        self.held_out = self.validation.fraction if self.validation else None
+        if self.held_out is not None:
+            if self.train is None or self.train.synthetic:
+                raise UsageError(
+                    "`fraction` holds out training documents, and there are none",
+                    where="data.validation.fraction",
+                    hint="give `data.train` files or a dataset",
+                )
+            self.validation = self.train
+        self.sources: dict[str, Source] = {}
+        for name, section in (("train", self.train), ("validation", self.validation)):
+            if section is not None and not section.synthetic:
+                self.sources[name] = open_source(
+                    section,
+                    base_dir,
+                    where="data.train" if self.held_out is not None else f"data.{name}",
+                    default_split=name,
+                )
+
+    def run(self) -> PreparedData:
+        if self.train is None and self.validation is None:
+            raise UsageError(
+                "the recipe has no data", where="data", hint='write `data: {train: {files: "corpus/*.jsonl"}}`'
+            )
+        tokenizer = self._tokenizer()
+        vocab_size = tokenizer.vocab_size if tokenizer else _model_vocab_size(self.recipe)
+        data = PreparedData(
+            task=self.recipe.task,
+            tokenizer_dir=tokenizer.directory if tokenizer else None,
+            tokenizer_fingerprint=tokenizer.fingerprint if tokenizer else None,
+            vocab_size=vocab_size,
+            special_token_ids=tokenizer.special_token_ids if tokenizer else {},
+            all_special_ids=tokenizer.all_special_ids if tokenizer else [],
+            packing=self.recipe.data.packing,
+        )
+        label_names = None if self.train else _pretrained_label_names(self.recipe, self.base_dir)
+        if self.train is not None:
+            data.train = self._split("train", self.train, tokenizer, vocab_size, None)
+            label_names = self._label_names(data.train)
+        if self.validation is not None:
+            data.validation = self._split("validation", self.validation, tokenizer, vocab_size, label_names)
+            label_names = label_names or self._label_names(data.validation)
+        data.label_names = label_names
+        return data
+
+    def _tokenizer(self) -> TokenizerInfo | None:
+        section = self.train or self.validation
+        assert section is not None
+        name = "train" if self.train else "validation"
+        if name not in self.sources:
+            if not self.sources and self.recipe.tokenizer is None:
+                return None  # random ids need no tokenizer
+            name = next(iter(self.sources), name)
+        if name not in self.sources:
+            if not isinstance(self.recipe.tokenizer, str):
+                raise UsageError(
+                    "a tokenizer cannot be trained on random ids",
+                    where="tokenizer",
+                    hint="leave `tokenizer` out: synthetic data takes the vocabulary size of the model's config",
+                )
+            return prepare_tokenizer(self.recipe, self.base_dir, self.cache_dir, lambda: iter(()), {})
+        source = self.sources[name]
+        options = feature_options(self.recipe.task, self.recipe.data, section, end_of_text=None, training=True)
+        fields = record_fields(options)
+
+        def texts() -> Iterator[str]:
+            for record in self._records(name, fields, SkipLog(section.on_error), "training the tokenizer"):
+                yield from record.texts
+
+        identity = {
+            "source": source.identity(),
+            "fields": [*fields.texts, fields.label],
+            "held_out": self.held_out,
+            "max_documents": section.max_documents,
+        }
+        return prepare_tokenizer(self.recipe, self.base_dir, self.cache_dir, texts, identity)
+
+    def _split(
+        self,
+        name: str,
+        section: DataSource,
+        tokenizer: TokenizerInfo | None,
+        vocab_size: int,
+        label_names: list[str] | None,
+    ) -> PreparedSplit:
+        if section.synthetic:
+            return self._synthetic(name, section, vocab_size)
+        assert tokenizer is not None
+        options = feature_options(
+            self.recipe.task, self.recipe.data, section, end_of_text=tokenizer.end_of_text, training=name == "train"
+        )
+        if name == "train" and options.task == "causal-lm" and options.separator is None:
+            raise UsageError(
+                "the tokenizer has no end-of-text token, which has to stand between documents",
+                where="tokenizer",
+                hint="set `eos_token` in its tokenizer_config.json",
+            )
+        identity = {
+            "version": _VERSION,
+            "source": self.sources[name].identity(),
+            "options": asdict(options),
+            "tokenizer": tokenizer.fingerprint,
+            "held_out": self.held_out if self.held_out is None else [name, self.held_out],
+            "max_documents": section.max_documents,
+            "on_error": section.on_error,
+            "label_names": label_names,
+        }
+        folder = cached_folder(
+            self.cache_dir / "data" / fingerprint(identity),
+            lambda directory: self._fill(directory, name, section, options, tokenizer, label_names),
+        )
+        return self._describe(name, folder, options, vocab_size)
+
+    def _fill(
+        self,
+        folder: Path,
+        name: str,
+        section: DataSource,
+        options: FeatureOptions,
+        tokenizer: TokenizerInfo,
+        label_names: list[str] | None,
+    ) -> None:
+        from llmpipe_cli.data.store import SplitWriter
+        from llmpipe_cli.data.tokenise import tokenise
+
+        skipped = SkipLog(section.on_error)
+        labels = None
+        if options.label is not None:
+            known = label_names or self.sources[name].label_names(options.label)
+            labels = _Labels(known, fixed=label_names is not None)
+        writer = SplitWriter(
+            folder,
+            options.columns,
+            tokenizer.vocab_size,
+            separated=options.separator is not None,
+            labelled=labels is not None,
+        )
+        records = self._records(name, record_fields(options), skipped, f"tokenising {name} data")
+        if labels is not None:
+            records = labels.checked(records, skipped)
+        num_truncated = tokenise(
+            records, options, tokenizer.directory, writer, labels.number if labels is not None else None
+        )
+        if writer.num_documents == 0:
+            raise self._no_documents(name, skipped)
+        # Both splits of one source meet the same malformed records: they are counted with the training data alone.
+        count = not (name == "validation" and self.held_out is not None)
+        final_names, final_ids = labels.sorted() if labels is not None else (None, None)
+        writer.close(
+            num_skipped=skipped.num_skipped if count else 0,
+            num_truncated=num_truncated,
+            skipped_examples=skipped.examples if count else [],
+            label_names=final_names,
+            label_ids=final_ids,
+        )
+
+    def _records(self, name: str, fields: Fields, skipped: SkipLog, doing: str) -> Iterator[Record]:
+        """The records of a split; of one source with a held-out share, those on this split's side."""
+        section = self.train if name == "train" else self.validation
+        assert section is not None
+        source = self.sources[name]
+        source.position_bytes = 0
+        next_report = 0
+        for record in source.records(fields, skipped, section.max_documents):
+            if self.held_out is not None and _is_held_out(record, self.held_out) != (name == "validation"):
+                continue
+            if self.progress and source.position_bytes >= next_report:
+                self.progress(doing, source.position_bytes, source.total_bytes)
+                next_report = source.position_bytes + (1 << 20)
+            yield record
+        if self.progress:
+            self.progress(doing, source.position_bytes, source.position_bytes)
+
+    def _no_documents(self, name: str, skipped: SkipLog) -> UsageError:
+        where = f"data.{name}"
+        if self.held_out is not None and not skipped.num_skipped:
+            return UsageError(
+                f"a fraction of {self.held_out} leaves the {name} data without a document",
+                where="data.validation.fraction",
+                hint="documents are held out by a hash of their content; give more documents or another fraction",
+            )
+        if skipped.examples:
+            return UsageError(
+                f"no document is left: {skipped.num_skipped} were skipped",
+                where=where,
+                hint=f"the first: {skipped.examples[0]}",
+            )
+        return UsageError(f"there is no document in {self.sources[name].describe()}", where=where)
+
+    def _describe(self, name: str, folder: Path, options: FeatureOptions, vocab_size: int) -> PreparedSplit:
+        from llmpipe_cli.data.store import read_meta
+
+        meta = read_meta(folder)
+        length = self.recipe.data.sequence_len
+        target_length = self.recipe.data.target_sequence_len or length
+        # A causal model is always scored on consecutive blocks, so that the figure does not depend on `packing`.
+        packed = (options.task in ("causal-lm", "masked-lm") and self.recipe.data.packing) or (
+            options.task == "causal-lm" and name == "validation"
+        )
+        num_tokens = sum(meta.num_tokens.values())
+        num_samples = num_tokens // length if packed else meta.num_documents
+        if packed and num_samples == 0:
+            if name == "train":
+                raise UsageError(
+                    f"the training data has {num_tokens} tokens, fewer than one sample of {length}",
+                    where="data.sequence_len",
+                    hint=f"give more text, or a `sequence_len` of at most {num_tokens}",
+                )
+            num_samples = 1  # a short block
+        num_truncated = meta.num_truncated
+        if not packed and options.max_length is None:
+            num_truncated = _count_longer(folder, length)
+        shape = f"{meta.digest} {packed} {length} {target_length}"
+        return PreparedSplit(
+            kind="packed" if packed else "records",
+            directory=str(folder),
+            fingerprint=fingerprint({"samples": shape}),
+            task=options.task,
+            sequence_len=length,
+            target_sequence_len=target_length,
+            vocab_size=vocab_size,
+            num_samples=num_samples,
+            num_documents=meta.num_documents,
+            num_tokens=num_tokens,
+            num_words=meta.num_words,
+            num_bytes=meta.num_bytes,
+            num_skipped=meta.num_skipped,
+            num_truncated=num_truncated,
+            skipped_examples=meta.skipped_examples,
+            num_labels=len(meta.label_names or ()),
+        )
+
+    def _synthetic(self, name: str, section: DataSource, vocab_size: int) -> PreparedSplit:
+        length = self.recipe.data.sequence_len
+        target_length = self.recipe.data.target_sequence_len or length
+        num_samples = section.max_documents or _SYNTHETIC_SAMPLES[name]
+        num_labels = _SYNTHETIC_LABELS if self.recipe.task == "classification" else 0
+        identity = {"synthetic": name, "shape": [num_samples, length, target_length, vocab_size, num_labels]}
+        return PreparedSplit(
+            kind="synthetic",
+            directory="",
+            fingerprint=fingerprint(identity),
+            task=self.recipe.task,
+            sequence_len=length,
+            target_sequence_len=target_length,
+            vocab_size=vocab_size,
+            num_samples=num_samples,
+            num_tokens=num_samples * length,
+            num_labels=num_labels,
+        )
+
+    def _label_names(self, split: PreparedSplit) -> list[str] | None:
+        if self.recipe.task != "classification":
+            return None
+        if split.kind == "synthetic":
+            return [f"LABEL_{index}" for index in range(split.num_labels)]
+        from llmpipe_cli.data.store import read_meta
+
+        return read_meta(Path(split.directory)).label_names
+
+
+class _Labels:
+    """Numbers labels as they come, and sorts them at the end.
+
+    Args:
+        names: labels known beforehand, in the order of their ids.
+        fixed: any other label is an error.
+    """
+
+    def __init__(self, names: list[str] | None, *, fixed: bool) -> None:
+        self.declared = names is not None
+        self.fixed = fixed
+        self.ids: dict[str, int] = {name: index for index, name in enumerate(names or ())}
+
+    def checked(self, records: Iterator[Record], skipped: SkipLog) -> Iterator[Record]:
+        """The records whose label is known, or may be new."""
+        for record in records:
+            name = str(record.label)
+            if self.fixed and name not in self.ids:
+                near = get_close_matches(name, self.ids, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                known = ", ".join(repr(known) for known in list(self.ids)[:20])
+                skipped.report(
+                    UsageError(f"unknown label {name!r}", where=record.where, hint=f"{hint}the labels are {known}")
+                )
+                continue
+            yield record
+
+    def number(self, record: Record) -> int:
+        """Id of a record's label for now; new labels get the next one."""
+        return self.ids.setdefault(str(record.label), len(self.ids))
+
+    def sorted(self) -> tuple[list[str], list[int]]:
+        """The names in the order of their final ids, and for each id given so far the final one. Whole numbers are
+        sorted by value, other labels by name; declared ones keep their order."""
+        names = list(self.ids)
+        if not self.declared:
+            numeric = all(name.lstrip("-").isdecimal() for name in names)
+            names.sort(key=lambda name: (int(name), name) if numeric else (0, name))
+        if len(names) < 2:
+            raise UsageError(
+                f"all documents have the label {names[0]!r}", where="data.train.label", hint="two classes are needed"
+            )
+        final = {name: index for index, name in enumerate(names)}
+        return names, [final[name] for name in self.ids]
+
+
+def _is_held_out(record: Record, fraction: float) -> bool:
+    """A document's side depends on its content alone: copies of a text never lie on both sides."""
+    return int.from_bytes(record.digest[:8], "big") < fraction * 2**64
+
+
+def _count_longer(folder: Path, length: int) -> int:
+    from llmpipe_cli.data.store import Documents
+
+    documents = Documents(folder)
+    return int((documents.counts["input_ids"] + int(documents.meta.separated) > length).sum())
+
+
+def _model_vocab_size(recipe: Recipe) -> int:
+    """Vocabulary size of the model's config, for random ids."""
+    config: dict[str, Any] = recipe.model.config or {}
+    if "vocab_size" in config:
+        return int(config["vocab_size"])
+    from transformers import AutoConfig
+
+    try:
+        if recipe.model.from_:
+            loaded = AutoConfig.from_pretrained(recipe.model.from_, revision=recipe.model.revision)
+        else:
+            loaded = AutoConfig.for_model(**config)
+        return int(loaded.get_text_config().vocab_size)
+    except Exception as error:  # unknown model_type, no such model, no vocabulary at all
+        raise UsageError(
+            "synthetic data needs the vocabulary size", where="model", hint="write `vocab_size` in `model.config`"
+        ) from error
+
+
+def _pretrained_label_names(recipe: Recipe, base_dir: Path) -> list[str] | None:
+    """The labels of a pretrained classifier in a folder: without training data they are the only ones there are."""
+    if recipe.task != "classification" or not recipe.model.from_:
+        return None
+    import json
+
+    from llmpipe_cli.data.discover import find_folder
+
+    folder = find_folder(recipe.model.from_, base_dir)
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    names: dict[str, str] = json.loads((folder / "config.json").read_text()).get("id2label") or {}
+    return [names[key] for key in sorted(names, key=int)] or None

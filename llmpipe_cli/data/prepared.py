@@ -1,0 +1,52 @@
+"""What `prepare` hands to the plan and to every rank: plain JSON that says where the tokens are and what they mean."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+
+class PreparedSplit(BaseModel):
+    """Training or validation data, ready to be read by index."""
+
+    kind: Literal["packed", "records", "synthetic"]
+    """packed: samples are consecutive blocks of the token stream; records: one document a sample."""
+    directory: str
+    """Folder of the arrays; empty for synthetic data."""
+    fingerprint: str
+    """Hash of the samples' contents: equal when two machines or two runs see the same samples."""
+    task: str
+    sequence_len: int
+    target_sequence_len: int
+    vocab_size: int
+    num_samples: int
+    num_documents: int = 0
+    num_tokens: int = 0
+    num_words: int = 0
+    num_bytes: int = 0
+    num_skipped: int = 0
+    """Malformed records left out."""
+    num_truncated: int = 0
+    """Documents longer than a sample, which were or will be cut."""
+    skipped_examples: list[str] = []
+    """The first malformed records: place and reason."""
+    num_labels: int = 0
+
+
+class PreparedData(BaseModel):
+    """All data of a run.
+
+    `special_token_ids` has the keys pad, eos, bos, unk, cls, sep and mask, as far as the tokenizer has them.
+    """
+
+    task: str
+    tokenizer_dir: str | None
+    tokenizer_fingerprint: str | None = None
+    vocab_size: int
+    special_token_ids: dict[str, int] = {}
+    all_special_ids: list[int] = []
+    label_names: list[str] | None = None
+    packing: bool = True
+    train: PreparedSplit | None = None
+    validation: PreparedSplit | None = None

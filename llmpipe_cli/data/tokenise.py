@@ -1,0 +1,143 @@
+"""Tokenises a stream of records into the files of a split, on all cores and in constant memory.
+
+The records are cut into chunks of about `_CHUNK_CHARS` characters. Worker processes tokenise chunks; this process
+writes the results in the order of the chunks, whatever order they come back in, so the files do not depend on how many
+processes there are. Only a few chunks a process are on their way at any time. A small corpus is tokenised right here:
+starting processes would take longer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmpipe_cli.data.sources import Record
+from llmpipe_cli.data.store import SplitWriter
+from llmpipe_cli.data.tokenizer import Encoder
+from llmpipe_cli.tasks.features import FeatureOptions, encode_records
+
+_CHUNK_CHARS = 1 << 18
+_CHUNK_RECORDS = 1024
+_CHUNKS_A_PROCESS = 3  # one being tokenised, one waiting for its process, one finished and not yet written
+
+
+@dataclass(frozen=True)
+class _Tokenised:
+    """A chunk's results: for each column all tokens, uint32 [n], and each record's number of tokens."""
+
+    tokens: dict[str, npt.NDArray[np.uint32]]
+    num_tokens: dict[str, list[int]]
+    num_white_spaces: list[int]
+    num_bytes: list[int]
+    num_truncated: int
+
+
+def tokenise(
+    records: Iterator[Record],
+    options: FeatureOptions,
+    tokenizer_dir: str,
+    writer: SplitWriter,
+    label_id: Callable[[Record], int] | None,
+    *,
+    num_processes: int | None = None,
+    progress: Callable[[], None] | None = None,
+) -> int:
+    """Writes the features of all `records`; gives the number of texts that were cut to the sequence length.
+
+    `label_id` gives the id of a record's label. `progress` is called after each chunk.
+    """
+    num_truncated = 0
+    for chunk, result in _results(_chunks(records), options, tokenizer_dir, num_processes or available_cores()):
+        for column, tokens in result.tokens.items():
+            writer.append_tokens(column, tokens)
+        for index, record in enumerate(chunk):
+            writer.append_piece(
+                {column: counts[index] for column, counts in result.num_tokens.items()},
+                result.num_white_spaces[index],
+                result.num_bytes[index],
+                last=record.last,
+                label=label_id(record) if label_id else None,
+            )
+        num_truncated += result.num_truncated
+        if progress:
+            progress()
+    return num_truncated
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
+    chunk: list[Record] = []
+    num_chars = 0
+    for record in records:
+        chunk.append(record)
+        num_chars += sum(len(text) for text in record.texts)
+        if num_chars >= _CHUNK_CHARS or len(chunk) >= _CHUNK_RECORDS:
+            yield chunk
+            chunk, num_chars = [], 0
+    if chunk:
+        yield chunk
+
+
+def _results(
+    chunks: Iterator[list[Record]], options: FeatureOptions, tokenizer_dir: str, num_processes: int
+) -> Iterator[tuple[list[Record], _Tokenised]]:
+    """Each chunk with its result, in the chunks' order."""
+    first = list(itertools.islice(chunks, 2 * num_processes))
+    if num_processes == 1 or len(first) < 2 * num_processes:
+        encoder = Encoder(tokenizer_dir)
+        for chunk in itertools.chain(first, chunks):
+            yield chunk, _encode(options, encoder, chunk)
+        return
+    # "spawn": a fork would copy the threads' locks of torch and tokenizers in whatever state they are
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(num_processes, _start_process, (options, tokenizer_dir)) as pool:
+        waiting: deque[tuple[list[Record], Any]] = deque()
+        for chunk in itertools.chain(first, chunks):
+            waiting.append((chunk, pool.apply_async(_encode_in_process, (chunk,))))
+            if len(waiting) >= _CHUNKS_A_PROCESS * num_processes:
+                oldest, result = waiting.popleft()
+                yield oldest, result.get()
+        while waiting:
+            oldest, result = waiting.popleft()
+            yield oldest, result.get()
+
+
+def _encode(options: FeatureOptions, encoder: Encoder, records: Sequence[Record]) -> _Tokenised:
+    features = encode_records(options, encoder, records)
+    return _Tokenised(
+        {
+            column: np.fromiter(itertools.chain.from_iterable(rows), np.uint32, sum(map(len, rows)))
+            for column, rows in features.tokens.items()
+        },
+        {column: [len(row) for row in rows] for column, rows in features.tokens.items()},
+        features.num_white_spaces,
+        features.num_bytes,
+        features.num_truncated,
+    )
+
+
+_process: tuple[FeatureOptions, Encoder] | None = None  # of a worker process
+
+
+def _start_process(options: FeatureOptions, tokenizer_dir: str) -> None:
+    global _process
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _process = options, Encoder(tokenizer_dir)
+
+
+def _encode_in_process(records: list[Record]) -> _Tokenised:
+    assert _process is not None
+    options, encoder = _process
+    return _encode(options, encoder, records)
