@@ -9,7 +9,9 @@ import torch
 from llmpipe_cli.recipe.schema import TrainSection
 
 
-def build_optimizer(train: TrainSection, parameters: Iterable[torch.nn.Parameter], device: str) -> torch.optim.Optimizer:
+def build_optimizer(
+    train: TrainSection, parameters: Iterable[torch.nn.Parameter], device: str
+) -> torch.optim.Optimizer:
     """The recipe's optimizer over this stage's parameters.
 
     Matrices and embeddings decay; vectors (biases and norms) do not.

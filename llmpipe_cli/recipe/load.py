@@ -435,7 +435,9 @@ def _check_value(entry: Entry, info: FieldInfo, dotted: str) -> tuple[Place, Usa
             if indices and indices[0] < len(node.value):
                 node = node.value[indices[0]]
                 place = node.place
-                words = words.partition("a list of ")[2].removesuffix(" or auto").replace("texts", "a text")
+                words = words.partition("a list of ")[2].removesuffix(" or auto")
+                for singular, plural in _PLURALS:
+                    words = words.replace(plural, singular)
         message = f"`{dotted}` expects {words}, found {describe_value(node)}"
         return place, UsageError(message, where=str(place), hint=_value_hint(dotted, node, words, info))
     if isinstance(value, float) and not math.isfinite(value):
@@ -509,11 +511,14 @@ def _expected(adapter: TypeAdapter[Any], section: type[Section] | None) -> str:
     return _words(schema)
 
 
+_PLURALS = (("a text", "texts"), ("a whole number", "whole numbers"))
+
+
 def _words(schema: dict[str, Any]) -> str:
     """A JSON schema in words, as far as the recipe's fields need them."""
     if "anyOf" in schema:
         parts = [_words(part) for part in schema["anyOf"] if part.get("type") != "null"]
-        if parts == ["a text", "a list of a text"]:
+        if parts == ["a text", "a list of texts"]:
             return "a text or a list of texts"
         return _one_of(
             [choice for part in parts for choice in (re.split(r", | or ", part) if len(part) < 40 else [part])]
@@ -527,7 +532,9 @@ def _words(schema: dict[str, Any]) -> str:
     kind = schema.get("type")
     if kind == "array":
         items = _words(schema["items"])
-        return f"a list of {'texts' if items == 'a text' else items}"
+        for singular, plural in _PLURALS:
+            items = items.replace(singular, plural)
+        return f"a list of {items}"
     if kind in ("integer", "number"):
         return ("a whole number" if kind == "integer" else "a number") + _range(schema)
     if kind == "boolean":
