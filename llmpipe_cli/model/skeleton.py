@@ -1,0 +1,120 @@
+"""The whole model without its weights: every parameter on the meta device, every buffer real.
+
+Parameters are sent to meta one by one while the model's own constructor runs, so that buffers and other tensors are
+computed as always and no more than one parameter's memory is reserved at a time (and, initialisation being off, hardly
+any of it is touched).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import PreTrainedConfig, PreTrainedModel, initialization
+
+from llmpipe_cli.errors import UsageError
+
+FIRST_VALUE = "_llmpipe_first_value"
+"""Attribute of a meta parameter with the value that the constructor gave it; for small parameters only."""
+
+_MAX_FIRST_VALUE_ELEMENTS = 2**14
+
+
+def build_skeleton(
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "auto",
+) -> PreTrainedModel:
+    """Construct `cls` with parameters of `dtype` on meta and real buffers on the CPU, in training mode.
+
+    Ties are in place. `config` is copied.
+
+    Raises:
+        UsageError: the constructor does not accept the config.
+    """
+    config = copy.deepcopy(config)
+    options: dict[str, Any] = {} if attn_implementation == "auto" else {"attn_implementation": attn_implementation}
+    try:
+        with initialization.no_init_weights(), _parameters_to_meta():
+            model = cls._from_config(config, dtype=dtype, **options)
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError, IndexError) as error:
+        raise UsageError(
+            f"{cls.__name__} cannot be built from the config: {error}", hint="check the fields of model.config"
+        ) from error
+    model.tie_weights()
+    _initialise_buffers(model)
+    return model.train()
+
+
+@contextlib.contextmanager
+def _parameters_to_meta() -> Iterator[None]:
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return None
+        meta = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+        meta.__dict__.update(parameter.__dict__)
+        if parameter.numel() <= _MAX_FIRST_VALUE_ELEMENTS:
+            setattr(meta, FIRST_VALUE, parameter.detach())
+        return meta
+
+    handle = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _initialise_buffers(model: PreTrainedModel) -> None:
+    """Give buffers the values that transformers' own initialisation computes for them."""
+    with protected(model.parameters()), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for name, module in model.named_modules():
+            if next(module.buffers(recurse=False), None) is not None:
+                responsible_model(model, name)._init_weights(module)
+
+
+@contextlib.contextmanager
+def protected(tensors: Iterator[Tensor]) -> Iterator[None]:
+    """Keep transformers' initialisation away from `tensors`."""
+    marked = [tensor for tensor in tensors if not hasattr(tensor, "_is_hf_initialized")]
+    for tensor in marked:
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    try:
+        with initialization.guard_torch_init_functions():
+            yield
+    finally:
+        for tensor in marked:
+            if hasattr(tensor, "_is_hf_initialized"):
+                del tensor._is_hf_initialized
+
+
+def responsible_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The innermost transformers model around module `name` (itself included): its rules initialise the module."""
+    parts = name.split(".") if name else []
+    for length in range(len(parts), 0, -1):
+        candidate = model.get_submodule(".".join(parts[:length]))
+        if isinstance(candidate, PreTrainedModel):
+            return candidate
+    return model
+
+
+def replace_parameter(model: nn.Module, names: tuple[str, ...], parameter: nn.Parameter) -> None:
+    """Register one parameter under several names."""
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, parameter)
+
+
+def all_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """All names of each parameter, itself first, by its first name."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {group[0]: tuple(group) for group in groups.values()}

@@ -1,0 +1,55 @@
+"""Activation checkpointing of single layer calls.
+
+`full` keeps only a layer's inputs and computes the layer again in the backward pass. `selective` also keeps the results
+of matrix products with weights and of fused attention, and computes the rest again: scores, norms, activations, dropout.
+Both restore the random state, so dropout draws the same values again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+CheckpointingMode = Literal["none", "full", "selective"]
+
+aten = torch.ops.aten
+_WEIGHT_PRODUCTS = {aten.mm.default, aten.addmm.default, aten._grouped_mm.default}
+_FUSED_ATTENTION = {
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_flash_attention_forward",
+    "_efficient_attention_forward",
+}
+
+
+def layer_runner(mode: CheckpointingMode) -> Callable[..., Any] | None:
+    """A function that calls ``forward(*args, **kwargs)`` under checkpointing; None for no checkpointing."""
+    if mode == "none":
+        return None
+    if mode == "full":
+        return functools.partial(checkpoint, use_reentrant=False)
+    contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+    return functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
+
+
+def _policy(context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if func in _WEIGHT_PRODUCTS:
+        return CheckpointPolicy.MUST_SAVE
+    if func._overloadpacket.__name__ in _FUSED_ATTENTION and not _draws_dropout(func, args, kwargs):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _draws_dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Attention with dropout has to run again: skipping it would leave the random state behind."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            value = args[position] if position < len(args) else kwargs.get("dropout_p", argument.default_value)
+            return bool(value)
+    return False

@@ -1,0 +1,90 @@
+"""Building what one pipeline stage holds: the whole model's skeleton with only the stage's own parameters real."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from llmpipe_cli.model.initialise import initialise
+from llmpipe_cli.model.skeleton import FIRST_VALUE, all_names, build_skeleton, replace_parameter
+from llmpipe_cli.model.slicing.plan import SlicePlan
+from llmpipe_cli.model.weights import read_weights
+
+
+def stage_parameters(plan: SlicePlan, start: int, stop: int) -> list[str]:
+    """Names of the parameters that segments [start, stop) use, in model order of first use.
+
+    A tied parameter is in the list of every stage that uses it. Replicated tables (`plan.replicated`), which are never
+    trained, are in the list of their first stage only, although every stage holds them.
+    """
+    return list(dict.fromkeys(name for segment in plan.segments[start:stop] for name in segment.parameters))
+
+
+def saved_names(plan: SlicePlan, start: int, stop: int) -> list[str]:
+    """Names of the parameters and buffers that stage [start, stop) saves; over all stages each comes once."""
+    owners = plan.owners
+    parameters = [name for name in stage_parameters(plan, start, stop) if owners[name][0] >= start]
+    return parameters + [name for name, segment in plan.buffers.items() if start <= segment < stop]
+
+
+def build_stage(
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    plan: SlicePlan,
+    start: int,
+    stop: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int | None = None,
+    weights: str | Path | None = None,
+    attn_implementation: str = "auto",
+) -> PreTrainedModel:
+    """The model with the parameters of segments [start, stop) and all buffers real on `device`, the rest on meta.
+
+    Memory: the stage's own parameters, and while loading at most one fused parameter's sources besides.
+
+    Args:
+        seed: weights from scratch, drawn from this seed; with `weights` it draws what the files do not contain.
+        weights: model directory to read from.
+
+    Raises:
+        UsageError, CheckpointError: see `build_skeleton`, `initialise` and `read_weights`.
+    """
+    model = build_skeleton(cls, config, dtype=dtype, attn_implementation=attn_implementation)
+    names = list(dict.fromkeys([*stage_parameters(plan, start, stop), *plan.replicated]))
+    if weights is not None:
+        read_weights(model, names, weights, device=device, seed=seed or 0)
+    else:
+        groups = all_names(model)
+        for name in names:
+            make_real(model, groups[name], device)
+        if seed is not None:
+            initialise(model, names, seed)
+    _move_tensors(model, torch.device(device))
+    for name in (*plan.replicated, *plan.unused):
+        model.get_parameter(name).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.__dict__.pop(FIRST_VALUE, None)
+    return model
+
+
+def make_real(model: PreTrainedModel, names: tuple[str, ...], device: torch.device | str) -> None:
+    """Replace a meta parameter by an uninitialised real one, under all its names."""
+    meta = model.get_parameter(names[0])
+    parameter = nn.Parameter(torch.empty_like(meta, device=device), requires_grad=meta.requires_grad)
+    parameter.__dict__.update(meta.__dict__)
+    replace_parameter(model, names, parameter)
+
+
+def _move_tensors(model: PreTrainedModel, device: torch.device) -> None:
+    """Buffers and tensors kept as plain attributes go to the device."""
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[name] = buffer.to(device)
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor) and not value.is_meta:
+                setattr(module, name, value.to(device))

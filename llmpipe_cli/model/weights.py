@@ -1,0 +1,191 @@
+"""Weights in and out of a Hugging Face model directory, one stage at a time.
+
+Reading opens the safetensors files lazily and takes only the tensors that this stage's parameters are made of, through
+transformers' own renaming and fusing. Writing gives the names and tensors that `save_pretrained` would write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
+from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
+from transformers.utils import logging as transformers_logging
+
+from llmpipe_cli.errors import CheckpointError, UsageError
+from llmpipe_cli.model.initialise import initialise
+from llmpipe_cli.model.skeleton import all_names, replace_parameter
+
+
+def read_weights(
+    model: PreTrainedModel,
+    names: Iterable[str],
+    directory: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> list[str]:
+    """Read parameters, and all buffers that a checkpoint contains, from a model directory.
+
+    Parameters get the dtype that they have in `model`, where they may be on meta, and come to lie on `device`.
+
+    Args:
+        model: the model; parameters other than the named ones stay as they are.
+        names: first names of the parameters to read.
+        directory: folder with `model.safetensors`, or its shards.
+        seed: draws what the files do not contain, such as a new classification head.
+
+    Returns:
+        Names that the files do not contain and that were initialised instead.
+
+    Raises:
+        UsageError: the directory holds no safetensors weights.
+        CheckpointError: a file cannot be read, or a tensor has another shape than the config says.
+    """
+    wanted = list(names)
+    groups = all_names(model)
+    with _opened(weight_files(Path(directory))) as stored:
+        if hasattr(model, "_weight_conversions"):
+            del model._weight_conversions
+        view = _StageView(model, {alias for name in wanted for alias in groups[name]})
+        settings = LoadStateDictConfig(device_map={"": device}, weight_mapping=get_model_conversion_mapping(model))
+        with _no_progress_bar():
+            info, _ = convert_and_load_state_dict_in_model(view, stored, settings)  # type: ignore[arg-type]
+    # later saves use the current library's names, whatever form these files had
+    del model._weight_conversions
+    if info.mismatched_keys:
+        name, found, expected = sorted(info.mismatched_keys)[0]
+        raise CheckpointError(
+            f"{name} has shape {tuple(found)}, the config asks for {tuple(expected)}", where=str(directory)
+        )
+    if info.conversion_errors:
+        name, message = sorted(info.conversion_errors.items())[0]
+        raise CheckpointError(f"{name} cannot be converted: {message.strip().splitlines()[-1]}", where=str(directory))
+    return _complete(model, wanted, groups, device, seed)
+
+
+def _complete(
+    model: PreTrainedModel,
+    wanted: list[str],
+    groups: dict[str, tuple[str, ...]],
+    device: torch.device | str,
+    seed: int,
+) -> list[str]:
+    """Tie again what was tied, and initialise what no file contained."""
+    current = dict(model.named_parameters(remove_duplicate=False))
+    missing = []
+    for name in wanted:
+        found = next((alias for alias in groups[name] if not current[alias].is_meta), None)
+        if found is None:
+            missing.append(name)
+            parameter = nn.Parameter(torch.empty_like(current[name], device=device))
+            parameter.__dict__.update(current[name].__dict__)
+        else:
+            parameter = current[found]
+            if hasattr(parameter, "_is_hf_initialized"):
+                del parameter._is_hf_initialized
+        replace_parameter(model, groups[name], parameter)
+    initialise(model, missing, seed)
+    return missing
+
+
+class _StageView:
+    """The model as transformers' loader should see it: with the stage's own parameters only."""
+
+    def __init__(self, model: PreTrainedModel, names: set[str]) -> None:
+        object.__setattr__(self, "_model", model)
+        object.__setattr__(self, "_names", names)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        foreign = {name for name, _ in self._model.named_parameters(remove_duplicate=False)} - self._names
+        return {name: tensor for name, tensor in self._model.state_dict().items() if name not in foreign}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._model, name, value)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory.
+
+    Raises:
+        UsageError: there are none.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        import json
+
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"the index cannot be read: {error}", where=str(index)) from error
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            raise CheckpointError(f"{missing[0]} is missing", where=str(directory))
+        return [directory / name for name in names]
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    if list(directory.glob("pytorch_model*.bin")):
+        raise UsageError(
+            "the weights are pickles (pytorch_model.bin), which are never read",
+            where=str(directory),
+            hint="convert them once with AutoModel.from_pretrained(...).save_pretrained(...)",
+        )
+    raise UsageError("no model.safetensors found", where=str(directory))
+
+
+@contextlib.contextmanager
+def _opened(files: list[Path]) -> Iterator[dict[str, Any]]:
+    """Lazy slices of all tensors in the files, by name; nothing is read yet."""
+    slices: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        for path in files:
+            try:
+                handle = stack.enter_context(safe_open(path, framework="pt"))
+                slices.update({name: handle.get_slice(name) for name in handle.keys()})
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"the weights cannot be read: {error}", where=str(path)) from error
+        yield slices
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def stage_state_dict(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Tensor]:
+    """The named parameters and buffers as `save_pretrained` would write them.
+
+    Fused parameters are taken apart again and get the names of the published checkpoints; of tied names one is kept.
+
+    Args:
+        model: the model; the named ones are real.
+        names: first names of parameters and names of buffers (see `stage.saved_names`).
+    """
+    groups = all_names(model)
+    buffers = dict(model.named_buffers())
+    state: dict[str, Tensor] = {}
+    for name in names:
+        tensor = buffers[name] if name in buffers else model.get_parameter(name)
+        for alias in groups.get(name, (name,)):
+            state[alias] = tensor.detach()
+    for ignored in model._keys_to_ignore_on_save or ():
+        state.pop(ignored, None)
+    state = remove_tied_weights_from_state_dict(state, model)
+    return revert_weight_conversion(model, state)
