@@ -211,7 +211,7 @@ def example_inputs(
 ) -> dict[str, Tensor]:
     """Random token ids, a mask of ones and labels, as the task's batches have them; int64."""
     generator = torch.Generator().manual_seed(seed)
-    vocab_size = int(config.get_text_config().vocab_size)
+    vocab_size = int(getattr(config.get_text_config(), "vocab_size", None) or 256)  # CANINE reads characters
     num_labels = int(getattr(config, "num_labels", 2) or 2)
 
     def draw(high: int, *shape: int) -> Tensor:

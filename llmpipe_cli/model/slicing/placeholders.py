@@ -24,10 +24,14 @@ class MetaTwin:
     def __init__(self, module: nn.Module) -> None:
         tensors = [*module.parameters(), *module.buffers()]
         memo: dict[int, Any] = {id(tensor): _meta_copy(tensor) for tensor in tensors}
-        hidden = module.__dict__.pop("forward", None)
+        for part in module.modules():  # neither other stages' hooks nor stand-in weights belong into the copy
+            for name in ("forward", *part._parameters):
+                if name in part.__dict__:
+                    memo[id(part.__dict__[name])] = None
         self._twin = copy.deepcopy(module, memo)
-        if hidden is not None:
-            module.__dict__["forward"] = hidden
+        for part in self._twin.modules():
+            for name in ("forward", *part._parameters):
+                part.__dict__.pop(name, None)
 
     def __call__(self, device: torch.device, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Zeros on `device` in the form and shapes of the module's result."""

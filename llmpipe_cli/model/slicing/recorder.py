@@ -9,17 +9,33 @@ is given stand-in values: true for masks, zero for the rest.
 
 from __future__ import annotations
 
+import bisect
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 aten = torch.ops.aten
+
+
+def _grouped_products(rows: Any, weights: Any, *args: Any, **kwargs: Any) -> int:
+    """Operations of a product in which every row meets one of several matrices."""
+    return 2 * rows.shape[0] * weights.shape[-2] * weights.shape[-1]
+
+
+def _attention_products(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+_MORE_COUNTS = {
+    "aten::_grouped_mm": _grouped_products,
+    "transformers::grouped_mm_fallback": _grouped_products,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention_products,
+}
 
 _FILLED_LIKE = {
     aten.new_zeros.default,
@@ -51,7 +67,6 @@ class Recorder(TorchDispatchMode):
         self.flops: dict[int, float] = defaultdict(float)
         self._names = {_storage_key(parameter): name for name, parameter in model.named_parameters()}
         self._derived: dict[int, Any] = {}  # storages computed from parameters, kept alive so that keys stay unique
-        self._untainted: set[int] = set()
 
     def depends_on_parameters(self, tensor: Tensor) -> bool:
         """Whether the tensor was computed from parameters, and not from the inputs alone."""
@@ -75,7 +90,7 @@ class Recorder(TorchDispatchMode):
             for leaf in tree_leaves(result):
                 if isinstance(leaf, Tensor):
                     self._derived[_storage_key(leaf)] = leaf.untyped_storage()
-        count = flop_registry.get(func._overloadpacket)
+        count = flop_registry.get(func._overloadpacket) or _MORE_COUNTS.get(func._schema.name)
         if count is not None:
             self.flops[self.place] += count(*args, **kwargs, out_val=result)
         return result
@@ -158,10 +173,6 @@ class PlaceClock:
 
     def place_of(self, node: Any) -> int:
         """Place in which `node` was made."""
-        import bisect
-
         index = bisect.bisect_right(self._starts, node._sequence_nr()) - 1
         return self._places[max(index, 0)]
 
-
-Hook = Callable[..., Any]

@@ -71,6 +71,7 @@ class StageReplay:
 
         self._running = False
         self._inside_layer = False
+        self._inside_glue = False
         self._live = False
         self._call = -1
         self._module_calls: dict[str, int] = {}
@@ -110,7 +111,7 @@ class StageReplay:
             return end.carry
         finally:
             self._running = False
-            self._inside_layer = False
+            self._inside_layer = self._inside_glue = False
             self._carried = ()
             self._side_values = {}
         if self._stop_boundary is not None:
@@ -224,14 +225,16 @@ class StageReplay:
         foreign = any(parameter.is_meta for parameter in module.parameters())
 
         def call_glue(*args: Any, **kwargs: Any) -> Any:
-            if not self._running or self._inside_layer:
+            if not self._running or self._inside_layer or self._inside_glue:
                 return forward(*args, **kwargs)
             number = self._module_calls.get(name, 0)
             self._module_calls[name] = number + 1
             if self._live:
                 if foreign:
                     raise RankError(f"module {name} runs on a stage that does not own it")
+                self._inside_glue = True
                 result = forward(*args, **kwargs)
+                self._inside_glue = False
             elif twin is not None:
                 result = twin(_device_of(args, kwargs), args, kwargs)
             else:

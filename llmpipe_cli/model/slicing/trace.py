@@ -32,6 +32,7 @@ from llmpipe_cli.model.slicing.structure import Path, describe_result, walk_tens
 logger = logging.getLogger(__name__)
 
 _TRACE_LEN = 16
+_MAX_REAL_ELEMENTS = 2**25
 
 Edge = tuple[Any, int]
 """An edge of the autograd graph: the node that made a value, and which of the node's results it is."""
@@ -154,6 +155,7 @@ def _run_forward(model: PreTrainedModel, inputs: dict[str, Tensor]) -> _Pass:
             call = calls[-1]
             call.result = describe_result(result, (args, kwargs), f"layer {call.module}")
             call.results = _Value.all_of(result, recorder)
+            _refuse_without_gradient(call)
             enter(2 * len(calls))
 
     def before_glue(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -161,7 +163,7 @@ def _run_forward(model: PreTrainedModel, inputs: dict[str, Tensor]) -> _Pass:
 
     def after_glue(name: str, args: Any, kwargs: Any, result: Any) -> None:
         first = glue_starts.pop()
-        if entered:
+        if entered or glue_starts:  # inside a layer, or inside another such module
             return
         results = _Value.all_of(result, recorder)
         arguments = _Value.all_of((args, kwargs), recorder)
@@ -186,6 +188,13 @@ def _run_forward(model: PreTrainedModel, inputs: dict[str, Tensor]) -> _Pass:
         raise UsageError("its forward never calls the layers found in it")
     first_input = next(iter(inputs.values()))
     return _Pass(calls, glue_calls, recorder, clock, _roots_of(output), math.prod(first_input.shape[:2]))
+
+
+def _refuse_without_gradient(call: _Call) -> None:
+    """A layer run without gradient leaves no trace in the autograd graph that the plan is read from."""
+    derived = [value for value in call.results if value.derived and value.tensor.is_floating_point()]
+    if derived and all(value.edge is None for value in derived):
+        raise UsageError(f"its forward runs layer {call.module} without gradient")
 
 
 def forward_options(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -271,7 +280,7 @@ def trace_config(
         raise
     except Exception as error:  # model code can fail in any way when values are missing
         logger.info("tracing %s without values failed (%s); using zeros", cls.__name__, error)
-        _fill_with_shared_zeros(model)
+        _fill_with_zeros(model)
         try:
             plan = trace(model, inputs)
         except UsageError:
@@ -290,10 +299,12 @@ def _max_positions(config: PreTrainedConfig) -> int:
     return max(min((length for length in lengths if isinstance(length, int) and length > 0), default=2**16) - 2, 4)
 
 
-def _fill_with_shared_zeros(model: nn.Module) -> None:
+def _fill_with_zeros(model: nn.Module) -> None:
+    """Give every parameter zeros: a small model real ones, a large model one zero in memory for each parameter."""
+    small = sum(parameter.numel() for parameter in model.parameters()) <= _MAX_REAL_ELEMENTS
     for name, aliases in all_names(model).items():
         meta = model.get_parameter(name)
-        zeros = torch.zeros((), dtype=meta.dtype).expand(meta.shape)
+        zeros = torch.zeros(meta.shape if small else (), dtype=meta.dtype).expand(meta.shape)
         replace_parameter(model, aliases, nn.Parameter(zeros, requires_grad=meta.requires_grad))
 
 
@@ -404,6 +415,7 @@ class _Walker:
         self.recomputed_with: dict[str, set[int]] = defaultdict(set)
         self._sources = self._find_sources()
         self._last_use: dict[Edge, int] = {}
+        self._crossing: list[list[_Value]] = []
         self._parameters = {id(parameter): name for name, parameter in model.named_parameters()}
         self._consumers = self._find_consumers()
 
@@ -414,11 +426,41 @@ class _Walker:
         for index in range(len(self.cuts) - 1, 0, -1):
             cut = self.cuts[index]
             candidates = self._candidates(cut)
-            reached = self._walk(index, ends, {value.edge for value in candidates if value.edge is not None})
+            made_here = [edge for edge in self._last_use if self._sources[edge].first == index]
+            reached = self._walk(index, ends + made_here, {value.edge for value in candidates if value.edge is not None})
             needed = [value for value in candidates if value.edge is None or value.edge in reached]
             found.append(Boundary(cut.at, cut.call, tuple(self._carried(cut, value) for value in needed)))  # type: ignore[arg-type]
+            self._crossing.append(needed)
             ends = [value.edge for value in needed if value.edge is not None]
-        return found[::-1]
+        self._crossing.reverse()
+        found.reverse()
+        return [self._without_recomputed(index + 1, boundary) for index, boundary in enumerate(found)]
+
+    def _without_recomputed(self, index: int, boundary: Boundary) -> Boundary:
+        """Leave out what the forward on the receiving stage computes anew from the side values that it gets."""
+        arriving = {edge for edge, last in self._last_use.items() if self._sources[edge].first < index <= last}
+        values = self._crossing[index - 1]
+        kept = [
+            carried
+            for carried, value in zip(boundary.carried, values, strict=True)
+            if value.edge is None or not self._follows_from(value.edge, arriving)
+        ]
+        return replace(boundary, carried=tuple(kept))
+
+    def _follows_from(self, edge: Edge, arriving: set[Edge]) -> bool:
+        """Whether a value is computed outside all modules, from values in `arriving` alone."""
+        visited: set[Any] = set()
+        pending = [edge]
+        while pending:
+            current = pending.pop()
+            node, _ = current
+            if current in arriving or node in visited:
+                continue
+            if current in self._sources or hasattr(node, "variable") or self._inner_module(node) is not None:
+                return False
+            visited.add(node)
+            pending.extend((following, number) for following, number in node.next_functions if following is not None)
+        return True
 
     def sides(self) -> list[SideValue]:
         """The side values that the walk has met, in the order in which the model makes them."""
@@ -482,7 +524,13 @@ class _Walker:
                 if source is not None:
                     self._last_use[edge] = max(index, self._last_use.get(edge, 0))
                     continue
-                self._refuse_inner(node, place, index)
+                inner = self._inner_module(node)
+                if inner is not None:
+                    raise UsageError(
+                        f"{self.cuts[index].name} uses a value from inside {inner} that {inner} does not return",
+                        hint="settings that share or collect inner values (shared key-value layers, router logits) "
+                        "must be off",
+                    )
             if node in visited:
                 continue
             visited.add(node)
@@ -495,19 +543,16 @@ class _Walker:
         if name is not None:
             self.recomputed_with[name].add(index)
 
-    def _refuse_inner(self, node: Any, place: int, index: int) -> None:
-        """A value from inside an earlier module cannot be computed again on a later stage."""
-        user = self.cuts[index].name
+    def _inner_module(self, node: Any) -> str | None:
+        """Name of the layer or parametric module inside which a node was made; None if in the forward around them."""
+        place = self.seen.clock.place_of(node)
         if place % 2 == 1:
-            maker = self.seen.calls[place // 2].module
-            raise UsageError(
-                f"{user} uses a value from inside layer {maker} that is not among the layer's results",
-                hint="settings that share or collect inner values (shared key-value layers, router logits) must be off",
-            )
+            return self.seen.calls[place // 2].module
         number = node._sequence_nr()
         for glue in self.seen.glue:
             if glue.place == place and glue.first_node < number < glue.last_node:
-                raise UsageError(f"{user} uses a value from inside module {glue.module}")
+                return glue.module
+        return None
 
     def _carried(self, cut: _Cut, value: _Value) -> Carried:
         return Carried(
@@ -518,8 +563,10 @@ class _Walker:
         )
 
     def _used_later(self, call: int, value: _Value) -> bool:
-        """Whether an argument of layer call `call` is used again after the call."""
+        """Whether the forward uses an argument of layer call `call` again after the call, other than as its result."""
         inside, later_calls = 2 * call + 1, self.seen.calls[call + 1 :]
+        if any(result.tensor is value.tensor for result in self.seen.calls[call].results):
+            return False
         if value.edge is not None and any(place > inside for place in self._consumers.get(value.edge, ())):
             return True
         return any(other.tensor is value.tensor for later in later_calls for other in later.arguments)
