@@ -1,0 +1,249 @@
+"""Saving and loading a training run as a Hugging Face model directory.
+
+Every stage writes its own weights as safetensors shards under Hugging Face's names, every rank the optimizer slices it
+owns; rank 0 adds config, tokenizer, index, position and manifest, and renames the directory into place when all ranks
+have written and synced. All ranks learn of a failure on any of them, so a full disk on one node ends the save
+everywhere, with the earlier checkpoints untouched.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from llmpipe_cli.engine import manifest
+from llmpipe_cli.engine.exchange import gather_json
+from llmpipe_cli.engine.pipeline import Engine
+from llmpipe_cli.engine.state import local_slices, restore, scalars
+from llmpipe_cli.errors import CheckpointError
+from llmpipe_cli.model.weights import stage_state_dict
+
+INDEX = "model.safetensors.index.json"
+TRAINING = "training"
+
+Files = dict[str, dict[str, Any]]
+
+
+def save_checkpoint(
+    engine: Engine,
+    directory: Path,
+    step: int,
+    state: dict[str, Any],
+    write_assets: Callable[[Path], None],
+    max_shard_size: str,
+) -> Path:
+    """Write one checkpoint; called by all ranks.
+
+    Args:
+        engine: the engine after `step` optimizer steps.
+        directory: the run's ``checkpoints`` directory, visible to all ranks.
+        step: optimizer steps done.
+        state: position and settings for ``training/state.json``; used on rank 0.
+        write_assets: rank 0: writes config and tokenizer files into the given directory.
+        max_shard_size: size of one weights file, such as "5GB".
+
+    Returns:
+        The finished checkpoint.
+
+    Raises:
+        CheckpointError: on every rank, when any rank could not write.
+    """
+    final = directory / manifest.checkpoint_name(step)
+    partial = final.with_name(final.name + manifest.PARTIAL)
+    is_first = dist.get_rank() == 0
+
+    def prepare() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / TRAINING).mkdir(parents=True)
+
+    _together(prepare if is_first else None, final)
+    shards = _own_weight_shards(engine, max_shard_size)
+    counts = gather_json(len(shards))
+    first_shard, num_shards = sum(counts[: dist.get_rank()]), sum(counts)
+
+    def write_own() -> dict[str, Any]:
+        files: Files = {}
+        weight_map: dict[str, str] = {}
+        for offset, tensors in enumerate(shards):
+            name = _shard_name(first_shard + offset, num_shards)
+            _save(partial / name, tensors, {"format": "pt"}, files, name)
+            weight_map.update(dict.fromkeys(tensors, name))
+        _write_optimizer(engine, partial, files)
+        size = sum(tensor.numel() * tensor.element_size() for tensors in shards for tensor in tensors.values())
+        return {"files": files, "weight_map": weight_map, "bytes": size}
+
+    written = _together(write_own, final)
+
+    def finish() -> None:
+        files: Files = {}
+        for entry in written:
+            files.update(entry["files"])
+        if num_shards > 1:
+            _write_index(partial / INDEX, written)
+        (partial / TRAINING / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        write_assets(partial)
+        for path in sorted(partial.rglob("*")):
+            name = path.relative_to(partial).as_posix()
+            if path.is_file() and name not in files:
+                manifest.sync_file(path)
+                files[name] = manifest.file_entry(path)
+        manifest.write_manifest(partial, step, files)
+        manifest.sync_file(partial / TRAINING)
+        manifest.sync_file(partial)
+        if final.exists():  # a resumed run came past the same step again
+            shutil.rmtree(final)
+        partial.rename(final)
+        manifest.point(directory / "latest", final.name)
+
+    _together(finish if is_first else None, final)
+    return final
+
+
+def training_scalars(engine: Engine) -> dict[str, Any]:
+    """Shared optimizer scalars and the loss scale, for ``training/state.json``."""
+    result: dict[str, Any] = {"optimizer": scalars(engine)}
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is not None and getattr(scaler, "dynamic", False):
+        result["loss_scaler"] = {key: getattr(scaler, key) for key in _SCALER_FIELDS if hasattr(scaler, key)}
+    return result
+
+
+def load_training_state(engine: Engine, checkpoint: Path, saved: dict[str, Any]) -> None:
+    """Give this rank's optimizer the state saved in a checkpoint of any layout.
+
+    Args:
+        engine: a fresh engine whose parameters hold the checkpoint's weights.
+        checkpoint: the checkpoint directory.
+        saved: `training_scalars` as saved.
+    """
+    reader = SliceReader(sorted((checkpoint / TRAINING).glob("optimizer-*.safetensors")))
+    restore(engine, reader.keys(), saved["optimizer"], reader.read)
+    for key, value in saved.get("loss_scaler", {}).items():
+        setattr(engine.optimizer.loss_scaler, key, value)
+
+
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class SliceReader:
+    """Reads state slices of any layout by parameter, key and range.
+
+    Args:
+        paths: all ``optimizer-*.safetensors`` files of a checkpoint.
+    """
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._pieces: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
+        for path in paths:
+            file = safe_open(path, framework="pt")
+            for name in file.keys():  # noqa: SIM118: not a mapping
+                parameter, key, start = name.rsplit("|", 2)
+                self._pieces.setdefault((parameter, key), []).append((int(start), file, name))
+
+    def keys(self) -> dict[str, set[str]]:
+        """State keys of each parameter."""
+        result: dict[str, set[str]] = {}
+        for parameter, key in self._pieces:
+            result.setdefault(parameter, set()).add(key)
+        return result
+
+    def read(self, parameter: str, key: str, start: int, count: int) -> torch.Tensor:
+        """Elements [start, start + count) of a parameter's flattened state; all of it when count is -1.
+
+        Raises:
+            CheckpointError: the slices in the files do not cover the range.
+        """
+        pieces = sorted(self._pieces.get((parameter, key), []), key=lambda piece: piece[0])
+        if count == -1 and len(pieces) == 1:
+            _, file, name = pieces[0]
+            return file.get_tensor(name)
+        parts, position = [], start
+        end = None if count == -1 else start + count
+        for piece_start, file, name in pieces:
+            view = file.get_slice(name)
+            piece_end = piece_start + view.get_shape()[0]
+            stop = piece_end if end is None else min(piece_end, end)
+            if piece_start <= position < stop:
+                parts.append(view[position - piece_start : stop - piece_start])
+                position = stop
+        if not parts or (end is not None and position < end):
+            raise CheckpointError(f"the saved {key} of {parameter} is incomplete: elements from {position} are missing")
+        return torch.cat(parts)
+
+
+def _own_weight_shards(engine: Engine, max_shard_size: str) -> list[dict[str, torch.Tensor]]:
+    """The tensors this rank saves, under Hugging Face's names, cut into files; empty on replicas but the first."""
+    if engine.grid.get_data_parallel_rank() != 0:
+        return []
+    module = engine.module
+    names = [
+        module.parameter_names[id(parameter)]
+        for parameter in module.parameters()
+        if id(parameter) in module.parameter_names and not parameter.ds_pipe_replicated
+    ]
+    tensors = {name: tensor.contiguous() for name, tensor in stage_state_dict(module.skeleton, names).items()}
+    if not tensors:
+        return []
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    return [{name: tensors[name] for name in group} for group in split.filename_to_tensors.values()]
+
+
+def _write_optimizer(engine: Engine, partial: Path, files: Files) -> None:
+    tensors = {
+        f"{piece.parameter}|{piece.key}|{piece.start}": piece.values.detach().cpu().contiguous()
+        for piece in local_slices(engine)
+    }
+    if tensors:
+        name = f"{TRAINING}/optimizer-{dist.get_rank():05d}.safetensors"
+        _save(partial / name, tensors, {}, files, name)
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], files: Files, name: str) -> None:
+    save_file(tensors, path, metadata=metadata)
+    manifest.sync_file(path)
+    files[name] = manifest.file_entry(path)
+
+
+def _shard_name(index: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_index(path: Path, written: list[dict[str, Any]]) -> None:
+    weight_map: dict[str, str] = {}
+    for entry in written:
+        weight_map.update(entry["weight_map"])
+    index = {
+        "metadata": {"total_size": sum(entry["bytes"] for entry in written)},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    path.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _together(work: Callable[[], Any] | None, final: Path) -> list[Any]:
+    """Do one phase on the ranks that have work; every rank gets every result, or every rank raises."""
+    result, problem = None, None
+    try:
+        result = work() if work is not None else None
+    except OSError as error:
+        problem = f"{error.strerror or error}: {error.filename or final}"
+    except Exception as error:  # safetensors raises its own class when the disk is full
+        problem = f"{type(error).__name__}: {error}"
+    outcomes = gather_json({"result": result, "problem": problem})
+    for rank, outcome in enumerate(outcomes):
+        if outcome["problem"] is not None:
+            raise CheckpointError(
+                f"rank {rank} could not write the checkpoint: {outcome['problem']}",
+                where=str(final),
+                hint="earlier checkpoints are untouched; free space or choose another output_dir, then --resume auto",
+            )
+    return [outcome["result"] for outcome in outcomes]
+

@@ -1,0 +1,171 @@
+"""The training engine: DeepSpeed's PipelineEngine with its gaps mended.
+
+DeepSpeed keeps the process grid, the ties, gradient reduction, ZeRO-1, mixed precision and the optimizer step. Ours
+are the executor (asynchronous transfers, any schedule), the loss (mean over the target tokens of the global batch
+instead of a mean of micro-batch means) and the gradient norm of fp32 training without ZeRO, which counts every
+parameter exactly once over all stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+from llmpipe_cli.engine.config import deepspeed_config
+from llmpipe_cli.engine.executor import LossFunction, MicroBatch, OutputFunction, StageExecutor
+from llmpipe_cli.engine.module import StageModule
+from llmpipe_cli.engine.optimizers import build_optimizer
+from llmpipe_cli.engine.randomness import DrawSeeder
+from llmpipe_cli.engine.schedules import SCHEDULES, forward_only
+from llmpipe_cli.plan.plan import Plan
+from llmpipe_cli.recipe.schema import TrainSection
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave; the same on every rank unless said otherwise.
+
+    Attributes:
+        loss_sum: last stage of each replica: sum over its micro-batches of mean loss x targets, in nats; else 0.
+        num_targets: targets of the global batch.
+        grad_norm: L2 norm of all gradients before clipping; infinite when fp16 overflowed.
+        skipped: the optimizer did not step because gradients were not finite.
+    """
+
+    loss_sum: float
+    num_targets: int
+    grad_norm: float
+    skipped: bool
+
+
+class Engine(PipelineEngine):
+    """Trains the stage of this rank.
+
+    Args:
+        plan: the plan.
+        module: the stage, on its device.
+        loss_function: loss of a micro-batch from the model's output and inputs (mean over its targets).
+        learning_rate: rate of each optimizer step, counted from 0.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        module: StageModule,
+        loss_function: LossFunction,
+        learning_rate: Callable[[int], float],
+    ) -> None:
+        train = TrainSection.model_validate(plan.recipe["train"])
+        self._plan = plan
+        self._loss_function, self._learning_rate = loss_function, learning_rate
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            # DeepSpeed refuses an optimizer without parameters, and a stage may hold none that learn.
+            module.register_parameter("placeholder", torch.nn.Parameter(torch.zeros(1, dtype=module.skeleton.dtype)))
+            module.placeholder.ds_pipe_replicated = True
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        config = deepspeed_config(plan)
+        super().__init__(
+            args=None,
+            model=module,
+            optimizer=build_optimizer(train, parameters, plan.device),
+            model_parameters=parameters,
+            training_data=None,
+            lr_scheduler=None,
+            mpu=module.mpu(),
+            dist_init_required=False,
+            collate_fn=None,
+            config=config,
+            config_class=DeepSpeedConfig(config, module.mpu()),
+        )
+        self.executor = StageExecutor(module, self.device, DrawSeeder(train.seed))
+        self._order = SCHEDULES[plan.schedule](self.stage_id, self.num_stages, self.micro_batches)
+
+    def train_step(self, step: int, batches: Sequence[MicroBatch]) -> StepResult:
+        """One optimizer step over this replica's micro-batches.
+
+        Args:
+            step: optimizer steps done before this one.
+            batches: `gradient_accumulation_steps` micro-batches.
+        """
+        self.module.train()
+        rate = self._learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        num_targets = self._sum_over_replicas(sum(batch.num_targets for batch in batches))
+        # DeepSpeed averages gradients over the replicas; the loss is a sum over them.
+        weight = self.dp_world_size / max(num_targets, 1)
+        losses: list[torch.Tensor] = []
+
+        def scale_loss(loss: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+            scaled = loss * (batch.num_targets * weight)
+            return self.optimizer.scale_if_loss(scaled) if self.zero_optimization() else scaled
+
+        def keep_loss(position: int, loss: torch.Tensor) -> None:
+            losses.append(loss.double() * batches[position].num_targets)
+
+        self.executor.run(
+            self._order,
+            batches,
+            step=step,
+            loss_function=self._loss_function,
+            scale_loss=scale_loss,
+            on_output=keep_loss,
+        )
+        self._exec_reduce_tied_grads()
+        self._exec_reduce_grads()
+        self._exec_optimizer_step()
+        loss_sum = float(torch.stack(losses).sum()) if losses else 0.0
+        return StepResult(loss_sum, num_targets, float(self._global_grad_norm), not self._step_applied)
+
+    def forward_batches(self, batches: Sequence[MicroBatch], on_output: OutputFunction | None) -> None:
+        """Forward passes only, in evaluation mode and without gradients."""
+        self.module.eval()
+        with torch.no_grad():
+            order = forward_only(self.stage_id, self.num_stages, len(batches))
+            self.executor.run(order, batches, on_output=on_output)
+
+    def clip_fp32_gradients(self) -> None:
+        """Clip by the norm over all stages. DeepSpeed's own counts only part of them under pipelines."""
+        gradients = [
+            parameter.grad
+            for parameter in self.module.parameters()
+            if parameter.grad is not None and not parameter.ds_pipe_replicated
+        ]
+        norms = torch.nn.utils.get_total_norm(gradients).to(self.device)
+        squared = norms.double().square()
+        dist.all_reduce(squared, group=self.grid.get_model_parallel_group())
+        norm = squared.sqrt()
+        self._global_grad_norm = norm
+        if self.gradient_clipping() > 0.0:
+            everything = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+            torch.nn.utils.clip_grads_with_norm_(everything, self.gradient_clipping(), norm.float())
+
+    def _take_model_step(self, lr_kwargs: dict | None) -> None:
+        plain = not (self.fp16_enabled() or self.bfloat16_enabled() or self.zero_optimization())
+        if plain and self.gradient_clipping() == 0.0:
+            self.clip_fp32_gradients()  # for the norm alone
+        super()._take_model_step(lr_kwargs)
+
+    def _exec_reduce_tied_grads(self) -> None:
+        """Sum the gradients of tied weights over their stages, also where a stage made none."""
+        for weight, group in self.module.get_tied_weights_and_groups():
+            if self.using_bf16_optimizer:
+                gradient = getattr(weight, "_hp_grad", None)
+                assert gradient is not None, "a tied weight got no gradient"
+            else:
+                if weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
+                gradient = weight.grad
+            dist.all_reduce(gradient, group=group)
+
+    def _sum_over_replicas(self, value: int) -> int:
+        if self.dp_world_size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.all_reduce(total, group=self.grid.get_data_parallel_group())
+        return int(total)
