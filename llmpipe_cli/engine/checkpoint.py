@@ -81,7 +81,15 @@ def save_checkpoint(
         size = sum(tensor.numel() * tensor.element_size() for tensors in shards for tensor in tensors.values())
         return {"files": files, "weight_map": weight_map, "bytes": size}
 
-    written = _together(write_own, final)
+    def remove_partial() -> None:
+        if is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    try:
+        written = _together(write_own, final)
+    except CheckpointError:
+        remove_partial()
+        raise
 
     def finish() -> None:
         files: Files = {}
@@ -99,12 +107,18 @@ def save_checkpoint(
         manifest.write_manifest(partial, step, files)
         manifest.sync_file(partial / TRAINING)
         manifest.sync_file(partial)
+        replaced = final.with_name(final.name + ".replaced" + manifest.PARTIAL)
         if final.exists():  # a resumed run came past the same step again
-            shutil.rmtree(final)
+            final.rename(replaced)
         partial.rename(final)
         manifest.point(directory / "latest", final.name)
+        shutil.rmtree(replaced, ignore_errors=True)
 
-    _together(finish if is_first else None, final)
+    try:
+        _together(finish if is_first else None, final)
+    except CheckpointError:
+        remove_partial()
+        raise
     return final
 
 

@@ -1,0 +1,103 @@
+"""Layout and batch arithmetic: what a recipe's numbers and the devices leave open is decided by simple rules.
+
+    tensor    auto -> 1
+    data      auto -> 1
+    pipeline  auto -> devices / (data x tensor), at most one stage a segment of the model
+    micro_batch_size auto -> the largest divisor of the samples a replica and step, up to 8, that leaves at least
+              four micro-batches a stage (fewer stay idle that way: the bubble of 1F1B is (p - 1) / (m + p - 1))
+    zero_stage auto -> 1 with bf16 or fp16 (which need it) or with several replicas, else 0
+    activation_checkpointing auto -> none
+    schedule  auto -> 1f1b
+"""
+
+from __future__ import annotations
+
+from llmpipe_cli.errors import PreflightError, UsageError
+from llmpipe_cli.plan.plan import Layout
+from llmpipe_cli.recipe.schema import Recipe
+
+Where = dict[str, str] | None
+
+
+def choose_layout(recipe: Recipe, num_devices: int, device: str, num_segments: int) -> Layout:
+    """Pipeline x tensor x data for this recipe on this machine.
+
+    Args:
+        recipe: the recipe.
+        num_devices: devices at hand.
+        device: "cpu" or "cuda".
+        num_segments: pieces the model can be cut into.
+
+    Raises:
+        UsageError: more stages than segments.
+        PreflightError: more ranks than accelerators.
+    """
+    parallel = recipe.parallel
+    tensor = 1 if parallel.tensor == "auto" else parallel.tensor
+    data = 1 if parallel.data == "auto" else parallel.data
+    pipeline = parallel.pipeline
+    if pipeline == "auto":
+        pipeline = max(1, min(num_devices // (data * tensor), num_segments))
+        if parallel.partition != "auto":
+            pipeline = len(parallel.partition)
+    if pipeline > num_segments:
+        raise UsageError(
+            f"{pipeline} stages, but the model can be cut into {num_segments} pieces at most",
+            where="parallel.pipeline",
+            hint=f"use parallel.pipeline: {num_segments} or less, or a model with more layers",
+        )
+    layout = Layout(pipeline=pipeline, tensor=tensor, data=data)
+    if device != "cpu" and layout.num_ranks > num_devices:
+        raise PreflightError(
+            f"the layout {layout} (pipeline x tensor x data) needs {layout.num_ranks} devices, "
+            f"and this machine has {num_devices}",
+            hint="make parallel.pipeline or parallel.data smaller, or leave them at auto",
+        )
+    return layout
+
+
+def choose_micro_batch_size(recipe: Recipe, layout: Layout) -> tuple[int, int]:
+    """Samples a micro-batch, and micro-batches a step and replica.
+
+    Raises:
+        UsageError: the batch sizes do not fit the layout.
+    """
+    train = recipe.train
+    samples, rest = divmod(train.global_batch_size, layout.data)
+    if rest:
+        raise UsageError(
+            f"global_batch_size {train.global_batch_size} cannot be dealt evenly to {layout.data} replicas",
+            where="train.global_batch_size",
+            hint=f"use a multiple of {layout.data}, for example {(samples + 1) * layout.data}",
+        )
+    size = train.micro_batch_size
+    if size == "auto" and train.gradient_accumulation_steps is not None:
+        size = max(1, samples // train.gradient_accumulation_steps)
+    if size == "auto":
+        wanted = min(samples, 4 * layout.pipeline)
+        size = max(d for d in range(1, min(samples, 8) + 1) if samples % d == 0 and samples // d >= wanted)
+    count, rest = divmod(samples, size)
+    if rest or count == 0:
+        raise UsageError(
+            f"global_batch_size {train.global_batch_size} is not a multiple of micro_batch_size {size} x "
+            f"{layout.data} replica{'s' if layout.data > 1 else ''}",
+            where="train.micro_batch_size",
+            hint=f"use global_batch_size: {max(1, round(samples / size)) * size * layout.data}",
+        )
+    if train.gradient_accumulation_steps not in (None, count):
+        raise UsageError(
+            f"gradient_accumulation_steps {train.gradient_accumulation_steps} does not fit: global_batch_size "
+            f"{train.global_batch_size} / (micro_batch_size {size} x {layout.data} replicas) = {count}",
+            where="train.gradient_accumulation_steps",
+            hint=f"leave it out, or write {count}",
+        )
+    return size, count
+
+
+def choose_zero_stage(recipe: Recipe, layout: Layout) -> int:
+    """ZeRO stage 0 or 1."""
+    if recipe.parallel.zero_stage != "auto":
+        return recipe.parallel.zero_stage
+    if recipe.model.dtype != "fp32":
+        return 1
+    return 1 if layout.data > 1 and recipe.train.optimizer != "adafactor" else 0

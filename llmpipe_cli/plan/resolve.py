@@ -1,0 +1,124 @@
+"""From a recipe to a plan: everything that needs the model's config or the machine is decided and checked here.
+
+This runs where the command was typed, before any rank starts, and allocates nothing of the model's size.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from llmpipe_cli.data.prepare import PreparedData
+from llmpipe_cli.errors import UsageError
+from llmpipe_cli.model.auto import load_config, model_class, model_directory
+from llmpipe_cli.model.slicing.trace import trace_config
+from llmpipe_cli.plan.layout import choose_layout, choose_micro_batch_size, choose_zero_stage
+from llmpipe_cli.plan.partition import balance
+from llmpipe_cli.plan.plan import Job, Layout, Plan, TrainingSettings
+from llmpipe_cli.recipe.schema import Recipe, TrainSection
+
+
+def make_plan(
+    recipe: Recipe,
+    data: PreparedData | None,
+    *,
+    job: Job = "train",
+    device: str,
+    num_devices: int,
+    checkpoint: Path | None = None,
+    options: dict[str, Any] | None = None,
+) -> Plan:
+    """Decide what runs where.
+
+    Args:
+        recipe: the recipe.
+        data: its prepared data.
+        job: train, evaluate or generate.
+        device: "cpu" or "cuda".
+        num_devices: devices of this machine.
+        checkpoint: train: the checkpoint to go on from; evaluate and generate: the model to use.
+        options: options of an evaluate or generate job.
+
+    Raises:
+        UsageError: recipe, model and data do not fit; `where` is the recipe's dotted key.
+        PreflightError: the machine has too few devices.
+    """
+    section = recipe.model
+    if checkpoint is not None:
+        section = section.model_copy(update={"config": None, "from_": str(checkpoint), "revision": None})
+    vocab_size = data.vocab_size if data is not None and data.tokenizer_dir is not None else None
+    labels = data.label_names if data is not None else None
+    config = load_config(
+        section, recipe.task, num_labels=len(labels) if labels is not None else None, vocab_size=vocab_size
+    )
+    if labels is not None:
+        config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
+    cls = model_class(config, recipe.task)
+    slice_plan = trace_config(cls, config, recipe.task, attn_implementation=section.attn_implementation)
+    layout = choose_layout(recipe, num_devices, device, slice_plan.num_segments)
+    bounds = _partition(recipe, layout, slice_plan.flops(recipe.data.sequence_len))
+    micro_batch_size, num_micro_batches = choose_micro_batch_size(recipe, layout)
+    resolved = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"micro_batch_size": micro_batch_size})}
+    )
+    checkpointing = recipe.parallel.activation_checkpointing
+    return Plan(
+        job=job,
+        name=recipe.name,
+        recipe=resolved.model_dump(mode="json", by_alias=True),
+        model_type=config.model_type,
+        model_config_fields=config.to_dict(),
+        model_class=cls.__name__,
+        weights=str(model_directory(section)) if section.from_ is not None else None,
+        slice_plan=slice_plan.to_json(),
+        layout=layout,
+        partition=bounds,
+        micro_batch_size=micro_batch_size,
+        num_micro_batches=num_micro_batches,
+        schedule="gpipe" if recipe.parallel.schedule == "gpipe" else "1f1b",
+        zero_stage=choose_zero_stage(recipe, layout),
+        activation_checkpointing="none" if checkpointing == "auto" else checkpointing,
+        device=device,
+        data=data.model_dump(mode="json") if data is not None else None,
+        training=_training(recipe.train, data, checkpoint) if job == "train" else None,
+        options=options or {},
+    )
+
+
+def _partition(recipe: Recipe, layout: Layout, costs: list[float]) -> list[int]:
+    counts = recipe.parallel.partition
+    if counts == "auto":
+        return balance(costs, layout.pipeline)
+    if len(counts) != layout.pipeline or sum(counts) != len(costs):
+        raise UsageError(
+            f"partition {counts} gives {len(counts)} stages with {sum(counts)} layers; the layout has "
+            f"{layout.pipeline} stages and the model {len(costs)} layers, embedding and head counted",
+            where="parallel.partition",
+            hint="leave it at auto, or write one number a stage that add up to the model's layers",
+        )
+    bounds = [0]
+    for count in counts:
+        bounds.append(bounds[-1] + count)
+    return bounds
+
+
+def _training(train: TrainSection, data: PreparedData | None, resume_from: Path | None) -> TrainingSettings:
+    if data is None or data.train is None:
+        raise UsageError("there is no training data", where="data.train", hint="add data.train, for example {files: ...}")
+    steps_per_epoch = data.train.num_samples / train.global_batch_size
+    if train.max_steps is not None:
+        max_steps = train.max_steps
+    elif train.num_train_epochs is not None:
+        max_steps = max(1, math.ceil(train.num_train_epochs * steps_per_epoch))
+    else:
+        raise UsageError(
+            "neither max_steps nor num_train_epochs is given", where="train", hint="add max_steps: 1000, for example"
+        )
+    warmup = train.warmup_steps if train.warmup_steps is not None else math.ceil(train.warmup_ratio * max_steps)
+    return TrainingSettings(
+        max_steps=max_steps,
+        warmup_steps=warmup,
+        steps_per_epoch=steps_per_epoch,
+        resume_from=str(resume_from) if resume_from is not None else None,
+    )

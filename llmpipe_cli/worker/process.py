@@ -1,0 +1,103 @@
+"""Joining the job: process group, device, and the plan from rank 0."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import deepspeed
+import deepspeed.comm.torch
+import torch
+import torch.distributed as dist
+import transformers
+from deepspeed.utils import logger as deepspeed_logger
+
+from llmpipe_cli.engine.exchange import broadcast_json
+from llmpipe_cli.engine.module import StageModule
+from llmpipe_cli.model.auto import config_from_fields
+from llmpipe_cli.model.slicing.plan import SlicePlan
+from llmpipe_cli.model.stage import build_stage
+from llmpipe_cli.plan.plan import Plan
+from llmpipe_cli.recipe.schema import Recipe
+from llmpipe_cli.run import RunDirectory
+from llmpipe_cli.worker.stop import StopFlag
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# A rank that waits longer for another one ends with an error; saving and evaluating are far below it.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every job of a worker needs."""
+
+    run: RunDirectory
+    stop: StopFlag
+    plan: Plan
+    recipe: Recipe
+    rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which writes the run's files."""
+        return self.rank == 0
+
+    @property
+    def stage(self) -> int:
+        """Pipeline stage of this rank: ranks are ordered by stage, then replica, then tensor shard."""
+        return self.rank // (self.plan.layout.data * self.plan.layout.tensor)
+
+    @property
+    def replica(self) -> int:
+        """Data parallel rank."""
+        return self.rank // self.plan.layout.tensor % self.plan.layout.data
+
+
+def join(run: RunDirectory, stop: StopFlag) -> Context:
+    """Join the process group that torchrun describes in the environment and learn the plan."""
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    deepspeed_logger.setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    use_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    else:
+        # DeepSpeed would compile a C++ extension (40 s) for a shared-memory all-reduce that pipelines never call.
+        deepspeed.comm.torch.build_shm_op = lambda: None
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    backend = "nccl" if use_cuda else "gloo"
+    deepspeed.init_distributed(
+        backend, auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT, dist_init_required=True
+    )
+    plan = Plan.model_validate(broadcast_json(Plan.load(run.plan).model_dump(mode="json") if rank == 0 else None))
+    if dist.get_world_size() != plan.layout.num_ranks:
+        raise RuntimeError(f"{dist.get_world_size()} ranks were started for a layout of {plan.layout.num_ranks}")
+    context = Context(run, stop, plan, Recipe.model_validate(plan.recipe), rank, device)
+    os.environ["LLMPIPE_STAGE"] = str(context.stage)
+    return context
+
+
+def load_stage(context: Context) -> StageModule:
+    """Build this rank's stage, with weights from the plan's directory or from the recipe's seed."""
+    plan = context.plan
+    slice_plan = SlicePlan.from_json(plan.slice_plan)
+    config = config_from_fields(plan.model_config_fields)
+    model = build_stage(
+        getattr(transformers, plan.model_class),
+        config,
+        slice_plan,
+        plan.partition[context.stage],
+        plan.partition[context.stage + 1],
+        dtype=DTYPES[context.recipe.model.dtype],
+        device=context.device,
+        seed=context.recipe.train.seed,
+        weights=plan.weights,
+        attn_implementation=context.recipe.model.attn_implementation,
+    )
+    module = StageModule(model, slice_plan, plan.partition, plan.layout)
+    module.replay.set_checkpointing(plan.activation_checkpointing)
+    return module

@@ -1,0 +1,275 @@
+"""The training loop of one rank.
+
+Every rank walks through the same steps. At the end of a step the ranks exchange one small vector, from which rank 0
+writes the step's metrics and every rank takes the same decisions: stop, save, evaluate, give up.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from llmpipe_cli import __version__
+from llmpipe_cli.data.batches import BatchPlan
+from llmpipe_cli.data.dataset import open_split
+from llmpipe_cli.data.prepare import PreparedData
+from llmpipe_cli.engine.checkpoint import load_training_state, save_checkpoint, training_scalars
+from llmpipe_cli.engine.executor import MicroBatch
+from llmpipe_cli.engine.learning_rate import learning_rate_curve
+from llmpipe_cli.engine.manifest import point, remove_old, training_state
+from llmpipe_cli.engine.pipeline import Engine, StepResult
+from llmpipe_cli.errors import EXIT_STOPPED, CheckpointError, NumericsError
+from llmpipe_cli.tasks import get_task
+from llmpipe_cli.worker.evaluation import Evaluator
+from llmpipe_cli.worker.process import Context, load_stage
+from llmpipe_cli.worker.telemetry import MetricsWriter, peak_memory_bytes
+
+# Validation metrics that get better by falling.
+_LOWER_IS_BETTER = {"loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"}
+# fp16 skips a step whose gradients overflow and halves its loss scale; this many in a row are no longer a search.
+_MAX_SKIPPED_STEPS = 50
+
+
+def train(context: Context) -> int:
+    """Train as the plan says; returns the exit code."""
+    return _Training(context).run()
+
+
+@dataclass
+class _Position:
+    """Where training stands; saved with every checkpoint."""
+
+    step: int = 0
+    best_metric: float | None = None
+    evaluations_without_improvement: int = 0
+
+
+class _Training:
+    def __init__(self, context: Context) -> None:
+        assert context.plan.training is not None
+        assert context.plan.data is not None
+        self.context, self.plan, self.recipe = context, context.plan, context.recipe
+        self.settings = context.plan.training
+        self.data = PreparedData.model_validate(context.plan.data)
+        assert self.data.train is not None
+        self.task = get_task(self.recipe, self.data)
+        self.metrics = MetricsWriter(context.run.metrics if context.is_first else None)
+        module = load_stage(context)
+        curve = learning_rate_curve(self.recipe.train, self.settings.max_steps, self.settings.warmup_steps)
+        self.engine = Engine(self.plan, module, self.task.loss, curve)
+        self.batches = BatchPlan(
+            open_split(self.data.train),
+            self.task,
+            global_batch_size=self.recipe.train.global_batch_size,
+            micro_batch_size=self.plan.micro_batch_size,
+            seed=self.recipe.train.seed,
+            shuffle=self.recipe.data.shuffle,
+        )
+        self.evaluator: Evaluator | None = None
+        if self.data.validation is not None:
+            self.evaluator = Evaluator(context, self.engine.executor, self.task, self.data.validation)
+        self.position = _Position()
+        self.skipped_in_a_row = 0
+
+    def run(self) -> int:
+        """All steps from the start or the checkpoint to the end or a request to stop."""
+        self._resume()
+        self.metrics.event(
+            "start",
+            step=self.position.step,
+            max_steps=self.settings.max_steps,
+            layout=self.plan.layout.model_dump(),
+            schedule=self.plan.schedule,
+            partition=self.plan.partition,
+            steps_per_epoch=self.settings.steps_per_epoch,
+        )
+        if self.position.step == 0:
+            self._evaluate()
+        saved_step, stopped = self.position.step, False
+        while self.position.step < self.settings.max_steps and not stopped:
+            stopped = self._step()
+            last = self.position.step == self.settings.max_steps
+            improved = False
+            if last or _is_due(self.position.step, self.recipe.evaluation.every_steps):
+                improved = self._evaluate()
+                stopped = stopped or self._is_stale()
+            if stopped or last or improved or _is_due(self.position.step, self.recipe.checkpoint.every_steps):
+                self._save(best=improved)
+                saved_step = self.position.step
+        assert saved_step == self.position.step or self.position.step == 0
+        requested = stopped and self.position.step < self.settings.max_steps and not self._is_stale()
+        self.metrics.event("end", step=self.position.step, state="stopped" if requested else "done")
+        return EXIT_STOPPED if requested else 0
+
+    def _resume(self) -> None:
+        if self.settings.resume_from is None:
+            return
+        checkpoint = Path(self.settings.resume_from)
+        state = training_state(checkpoint)
+        load_training_state(self.engine, checkpoint, state["scalars"])
+        self.position = _Position(**state["position"])
+        self.metrics.event("resume", step=self.position.step, checkpoint=str(checkpoint), saved_layout=state["layout"])
+
+    def _step(self) -> bool:
+        """One optimizer step; returns whether a rank was asked to stop."""
+        started = time.perf_counter()
+        step = self.position.step
+        batches = [self._load(step, index) for index in range(self.plan.num_micro_batches)]
+        data_seconds = time.perf_counter() - started
+        result = self.engine.train_step(step, batches)
+        rows = self._exchange(result, batches, data_seconds)
+        self.position.step += 1
+        loss = sum(row["loss_sum"] for row in rows) / max(result.num_targets, 1)
+        seconds = time.perf_counter() - started
+        self.metrics.step(
+            step=self.position.step,
+            loss=loss,
+            num_target_tokens=result.num_targets,
+            learning_rate=self.engine.optimizer.param_groups[0]["lr"],
+            grad_norm=result.grad_norm,
+            step_seconds=seconds,
+            tokens_per_second=sum(row["tokens"] for row in rows) / seconds,
+            memory_bytes=[stage["memory_bytes"] for stage in self._by_stage(rows)],
+            stages=self._by_stage(rows),
+            epoch=self.position.step / self.settings.steps_per_epoch if self.settings.steps_per_epoch else 0.0,
+        )
+        self._check_numbers(loss, result)
+        return any(row["stop"] for row in rows)
+
+    def _load(self, step: int, position: int) -> MicroBatch:
+        """The replica's micro-batch at `position`; micro-batches are dealt to the replicas in turn."""
+        index = position * self.plan.layout.data + self.context.replica
+        inputs = {name: tensor.to(self.context.device) for name, tensor in self.batches.micro_batch(step, index).items()}
+        return MicroBatch(index, inputs, self.task.num_targets(inputs))
+
+    def _exchange(self, result: StepResult, batches: list[MicroBatch], data_seconds: float) -> list[dict[str, float]]:
+        """Tell all ranks what happened on this one."""
+        times = self.engine.executor.take_times()
+        row = {
+            "loss_sum": result.loss_sum,
+            "busy_seconds": times.busy_seconds,
+            "wait_seconds": times.wait_seconds,
+            "data_seconds": data_seconds,
+            "memory_bytes": float(peak_memory_bytes(self.context.device)),
+            "stop": float(self.context.stop.is_set()),
+            "tokens": float(sum(_num_tokens(batch) for batch in batches)) if self.context.stage == 0 else 0.0,
+        }
+        mine = torch.tensor(list(row.values()), dtype=torch.float64, device=self.context.device)
+        everyone = torch.zeros(dist.get_world_size() * len(row), dtype=torch.float64, device=self.context.device)
+        dist.all_gather_into_tensor(everyone, mine)
+        return [dict(zip(row, values, strict=True)) for values in everyone.view(-1, len(row)).tolist()]
+
+    def _by_stage(self, rows: list[dict[str, float]]) -> list[dict[str, Any]]:
+        """Times (mean over the replicas) and peak memory (largest) of each stage."""
+        width = len(rows) // self.plan.layout.pipeline
+        stages = []
+        for stage in range(self.plan.layout.pipeline):
+            members = rows[stage * width : (stage + 1) * width]
+            times = {
+                name: sum(row[name] for row in members) / width
+                for name in ("busy_seconds", "wait_seconds", "data_seconds")
+            }
+            stages.append({**times, "memory_bytes": int(max(row["memory_bytes"] for row in members))})
+        return stages
+
+    def _check_numbers(self, loss: float, result: StepResult) -> None:
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+        what = None
+        if not math.isfinite(loss):
+            what = f"the loss is {loss}"
+        elif result.skipped and self.skipped_in_a_row > _MAX_SKIPPED_STEPS:
+            what = f"the gradients overflowed {self.skipped_in_a_row} steps in a row"
+        elif result.skipped:
+            self.metrics.event("warning", step=self.position.step, message="step skipped: fp16 gradients overflowed")
+        elif not math.isfinite(result.grad_norm):
+            what = f"the gradient norm is {result.grad_norm}"
+        if what is not None:
+            self.metrics.event("fault", step=self.position.step, message=what)
+            raise NumericsError(
+                f"{what} at step {self.position.step}",
+                hint="lower train.learning_rate, lengthen the warm-up or clip harder; "
+                "the last checkpoint before this step is kept",
+            )
+
+    def _evaluate(self) -> bool:
+        """Evaluate on the validation data; returns whether the kept metric improved."""
+        if self.evaluator is None:
+            return False
+        values = self.evaluator.run(self.recipe.evaluation.max_samples, quick=True)
+        self.metrics.event("evaluation", step=self.position.step, metrics=values)
+        stopping = self.recipe.train.early_stopping
+        name = self.recipe.checkpoint.keep_best or (stopping.metric if stopping else None)
+        if name is None:
+            return False
+        if name not in values:
+            known = ", ".join(sorted(values))
+            raise CheckpointError(f"there is no validation metric {name!r}", hint=f"metrics of this task: {known}")
+        value = values[name] if name in _LOWER_IS_BETTER else -values[name]
+        margin = stopping.min_delta if stopping else 0.0
+        better = self.position.best_metric is None or value < self.position.best_metric - margin
+        self.position.best_metric = value if better else self.position.best_metric
+        self.position.evaluations_without_improvement = (
+            0 if better else self.position.evaluations_without_improvement + 1
+        )
+        return better and self.position.step > 0 and self.recipe.checkpoint.keep_best is not None
+
+    def _is_stale(self) -> bool:
+        stopping = self.recipe.train.early_stopping
+        return stopping is not None and self.position.evaluations_without_improvement >= stopping.patience
+
+    def _save(self, best: bool) -> None:
+        started = time.perf_counter()
+        directory = self.context.run.checkpoints
+        state = {
+            "position": vars(self.position),
+            "samples": self.position.step * self.recipe.train.global_batch_size,
+            "global_batch_size": self.recipe.train.global_batch_size,
+            "micro_batch_size": self.plan.micro_batch_size,
+            "seed": self.recipe.train.seed,
+            "layout": self.plan.layout.model_dump(),
+            "scalars": training_scalars(self.engine),
+            "llmpipe": __version__,
+        }
+        path = save_checkpoint(
+            self.engine,
+            directory,
+            self.position.step,
+            state,
+            self._write_assets,
+            self.recipe.checkpoint.max_shard_size,
+        )
+        if self.context.is_first:
+            if best:
+                point(directory / "best", path.name)
+            remove_old(directory, self.recipe.checkpoint.keep)
+        seconds = time.perf_counter() - started
+        self.metrics.event("checkpoint", step=self.position.step, path=str(path), seconds=seconds)
+
+    def _write_assets(self, directory: Path) -> None:
+        """What makes the directory a Hugging Face model besides the weights: config and tokenizer."""
+        skeleton = self.engine.module.skeleton
+        config = type(skeleton.config).from_dict(self.plan.model_config_fields)
+        config.architectures = [self.plan.model_class]
+        config.dtype = skeleton.dtype
+        config.save_pretrained(directory)
+        if skeleton.can_generate():
+            skeleton.generation_config.save_pretrained(directory)
+        if self.data.tokenizer_dir is not None:
+            AutoTokenizer.from_pretrained(self.data.tokenizer_dir).save_pretrained(directory)
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _num_tokens(batch: MicroBatch) -> int:
+    """Tokens that are not padding."""
+    mask = batch.inputs.get("attention_mask")
+    return int(mask.sum()) if mask is not None else batch.inputs["input_ids"].numel()
