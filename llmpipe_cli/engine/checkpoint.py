@@ -25,6 +25,7 @@ from llmpipe_cli.engine.exchange import gather_json
 from llmpipe_cli.engine.pipeline import Engine
 from llmpipe_cli.engine.state import local_slices, restore, scalars
 from llmpipe_cli.errors import CheckpointError
+from llmpipe_cli.model.stage import saved_names
 from llmpipe_cli.model.weights import stage_state_dict
 
 INDEX = "model.safetensors.index.json"
@@ -199,11 +200,8 @@ def _own_weight_shards(engine: Engine, max_shard_size: str) -> list[dict[str, to
     if engine.grid.get_data_parallel_rank() != 0:
         return []
     module = engine.module
-    names = [
-        module.parameter_names[id(parameter)]
-        for parameter in module.parameters()
-        if id(parameter) in module.parameter_names and not parameter.ds_pipe_replicated
-    ]
+    first, stop = module.bounds[module.stage_id : module.stage_id + 2]
+    names = saved_names(module.slice_plan, first, stop)
     tensors = {name: tensor.contiguous() for name, tensor in stage_state_dict(module.skeleton, names).items()}
     if not tensors:
         return []

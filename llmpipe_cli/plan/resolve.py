@@ -5,13 +5,14 @@ This runs where the command was typed, before any rank starts, and allocates not
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
-from llmpipe_cli.data.prepare import PreparedData
+from llmpipe_cli.data.prepared import PreparedData
 from llmpipe_cli.errors import UsageError
-from llmpipe_cli.model.auto import load_config, model_class, model_directory
+from llmpipe_cli.model.auto import load_config, model_class, resolve_weights
 from llmpipe_cli.model.slicing.trace import trace_config
 from llmpipe_cli.plan.layout import choose_layout, choose_micro_batch_size, choose_zero_stage
 from llmpipe_cli.plan.partition import balance
@@ -52,10 +53,18 @@ def make_plan(
     config = load_config(
         section, recipe.task, num_labels=len(labels) if labels is not None else None, vocab_size=vocab_size
     )
+    if data is not None and section.from_ is None:
+        _set_special_tokens(config, section.config or {}, data.special_token_ids)
     if labels is not None:
         config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
     cls = model_class(config, recipe.task)
-    slice_plan = trace_config(cls, config, recipe.task, attn_implementation=section.attn_implementation)
+    slice_plan = trace_config(
+        cls,
+        config,
+        recipe.task,
+        sequence_len=recipe.data.sequence_len,
+        attn_implementation=section.attn_implementation,
+    )
     layout = choose_layout(recipe, num_devices, device, slice_plan.num_segments)
     bounds = _partition(recipe, layout, slice_plan.flops(recipe.data.sequence_len))
     micro_batch_size, num_micro_batches = choose_micro_batch_size(recipe, layout)
@@ -68,9 +77,9 @@ def make_plan(
         name=recipe.name,
         recipe=resolved.model_dump(mode="json", by_alias=True),
         model_type=config.model_type,
-        model_config_fields=config.to_dict(),
+        model_config_fields=json.loads(config.to_json_string(use_diff=False)),
         model_class=cls.__name__,
-        weights=str(model_directory(section)) if section.from_ is not None else None,
+        weights=str(resolve_weights(section)) if section.from_ is not None else None,
         slice_plan=slice_plan.to_json(),
         layout=layout,
         partition=bounds,
@@ -84,6 +93,13 @@ def make_plan(
         training=_training(recipe.train, data, checkpoint) if job == "train" else None,
         options=options or {},
     )
+
+
+def _set_special_tokens(config: Any, given: dict[str, Any], ids: dict[str, int]) -> None:
+    """A model from scratch has the tokenizer's special tokens, unless the recipe says otherwise."""
+    for name in ("bos", "eos", "pad"):
+        if f"{name}_token_id" not in given:
+            setattr(config, f"{name}_token_id", ids.get(name))
 
 
 def _partition(recipe: Recipe, layout: Layout, costs: list[float]) -> list[int]:

@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 import transformers
 from deepspeed.utils import logger as deepspeed_logger
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmpipe_cli.engine.exchange import broadcast_json
 from llmpipe_cli.engine.module import StageModule
-from llmpipe_cli.model.auto import config_from_fields
 from llmpipe_cli.model.slicing.plan import SlicePlan
 from llmpipe_cli.model.stage import build_stage
 from llmpipe_cli.plan.plan import Plan
@@ -81,14 +82,18 @@ def join(run: RunDirectory, stop: StopFlag) -> Context:
     return context
 
 
+def config_from_fields(plan: Plan) -> PreTrainedConfig:
+    """The Hugging Face config of the plan's model."""
+    return CONFIG_MAPPING[plan.model_type].from_dict(plan.model_config_fields)
+
+
 def load_stage(context: Context) -> StageModule:
     """Build this rank's stage, with weights from the plan's directory or from the recipe's seed."""
     plan = context.plan
     slice_plan = SlicePlan.from_json(plan.slice_plan)
-    config = config_from_fields(plan.model_config_fields)
     model = build_stage(
         getattr(transformers, plan.model_class),
-        config,
+        config_from_fields(plan),
         slice_plan,
         plan.partition[context.stage],
         plan.partition[context.stage + 1],

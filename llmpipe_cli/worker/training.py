@@ -19,16 +19,17 @@ from transformers import AutoTokenizer
 from llmpipe_cli import __version__
 from llmpipe_cli.data.batches import BatchPlan
 from llmpipe_cli.data.dataset import open_split
-from llmpipe_cli.data.prepare import PreparedData
+from llmpipe_cli.data.prepared import PreparedData
 from llmpipe_cli.engine.checkpoint import load_training_state, save_checkpoint, training_scalars
 from llmpipe_cli.engine.executor import MicroBatch
 from llmpipe_cli.engine.learning_rate import learning_rate_curve
+from llmpipe_cli.engine.loss import make_loss
 from llmpipe_cli.engine.manifest import point, remove_old, training_state
 from llmpipe_cli.engine.pipeline import Engine, StepResult
 from llmpipe_cli.errors import EXIT_STOPPED, CheckpointError, NumericsError
-from llmpipe_cli.tasks import get_task
+from llmpipe_cli.tasks.registry import get_task
 from llmpipe_cli.worker.evaluation import Evaluator
-from llmpipe_cli.worker.process import Context, load_stage
+from llmpipe_cli.worker.process import Context, config_from_fields, load_stage
 from llmpipe_cli.worker.telemetry import MetricsWriter, peak_memory_bytes
 
 # Validation metrics that get better by falling.
@@ -59,11 +60,12 @@ class _Training:
         self.settings = context.plan.training
         self.data = PreparedData.model_validate(context.plan.data)
         assert self.data.train is not None
-        self.task = get_task(self.recipe, self.data)
+        self.task = get_task(self.data)
         self.metrics = MetricsWriter(context.run.metrics if context.is_first else None)
         module = load_stage(context)
         curve = learning_rate_curve(self.recipe.train, self.settings.max_steps, self.settings.warmup_steps)
-        self.engine = Engine(self.plan, module, self.task.loss, curve)
+        loss = make_loss(self.recipe.task, self.recipe.train.label_smoothing)
+        self.engine = Engine(self.plan, module, loss, curve)
         self.batches = BatchPlan(
             open_split(self.data.train),
             self.task,
@@ -90,7 +92,7 @@ class _Training:
             partition=self.plan.partition,
             steps_per_epoch=self.settings.steps_per_epoch,
         )
-        if self.position.step == 0:
+        if self.position.step == 0 and self.recipe.evaluation.every_steps is not None:
             self._evaluate()
         saved_step, stopped = self.position.step, False
         while self.position.step < self.settings.max_steps and not stopped:
@@ -255,7 +257,7 @@ class _Training:
     def _write_assets(self, directory: Path) -> None:
         """What makes the directory a Hugging Face model besides the weights: config and tokenizer."""
         skeleton = self.engine.module.skeleton
-        config = type(skeleton.config).from_dict(self.plan.model_config_fields)
+        config = config_from_fields(self.plan)
         config.architectures = [self.plan.model_class]
         config.dtype = skeleton.dtype
         config.save_pretrained(directory)
