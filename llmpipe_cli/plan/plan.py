@@ -58,8 +58,6 @@ class Plan(_Frozen):
     name: str
     recipe: dict[str, Any]
     """The resolved recipe, as `Recipe.model_dump(by_alias=True)` gives it."""
-    task: dict[str, Any]
-    """What `tasks.get_task` needs besides the recipe."""
     model_type: str
     model_config_fields: dict[str, Any]
     """The Hugging Face config as `config.to_dict()` gives it."""
