@@ -1,0 +1,81 @@
+"""The `llmpipe` command: every subcommand, and how errors end.
+
+Modules of commands import only typer and the standard library at their top; what they need to work is imported when
+they are called, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from llmpipe_cli.cli import console, evaluate, generate, recipes, runs, signals, train
+from llmpipe_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, LlmpipeError
+
+app = typer.Typer(
+    name="llmpipe",
+    help="Train language models with pipeline parallelism, from one recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("train", help=train.train.__doc__)(train.train)
+app.command("pretrain", help="The same as [bold]train[/bold].", hidden=True)(train.train)
+app.command("finetune")(train.finetune)
+app.command("evaluate")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+app.add_typer(recipes.app, name="recipes", help="Find, copy and check recipes.")
+app.add_typer(runs.app, name="runs", help="What ran, how it went, plots.")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from llmpipe_cli import __version__
+
+        print(f"llmpipe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: runs the command and ends with its exit code."""
+    signals.raise_on_signals()
+    try:
+        app()
+    except LlmpipeError as error:
+        if console.debugging():
+            raise
+        if "--json" in sys.argv:
+            console.print_json(console.error_as_json(error))
+        console.print_error(error)
+        sys.exit(error.exit_code)
+    except signals.StopRequested:
+        console.say("stopped before any rank was started", "yellow")
+        sys.exit(EXIT_STOPPED)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of stdout (`| head`) has gone; keep the interpreter from complaining when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if console.debugging():
+            raise
+        console.print_unexpected(error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

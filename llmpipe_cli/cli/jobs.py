@@ -1,0 +1,283 @@
+"""The way of a job that starts ranks, shared by train, evaluate and generate.
+
+    recipe -> prepared data -> plan -> run directory -> launcher -> watched until it ends
+
+Everything up to the run directory can fail without leaving anything behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmpipe_cli.cli import console
+from llmpipe_cli.cli.signals import StopSignals
+from llmpipe_cli.cluster.launchers.base import Job, Launcher, LaunchSpec
+from llmpipe_cli.cluster.outcome import Outcome
+from llmpipe_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, LlmpipeError, UsageError
+from llmpipe_cli.run import MetricsReader, RunDirectory, write_text
+
+if TYPE_CHECKING:
+    from llmpipe_cli.cluster.devices import Devices
+    from llmpipe_cli.data.prepare import PreparedData
+    from llmpipe_cli.plan.plan import Plan
+    from llmpipe_cli.recipe.load import LoadedRecipe
+    from llmpipe_cli.report.live import View
+    from llmpipe_cli.report.progress import Progress
+
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """Flags of every command that starts ranks."""
+
+    devices: int | None
+    launcher: str
+    dry_run: bool
+    as_json: bool
+    environment: dict[str, str]
+    grace_seconds: float
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job that has ended well or was stopped on request."""
+
+    run: RunDirectory
+    exit_code: int
+    progress: Progress
+
+
+def read_environment(entries: Sequence[str] | None) -> dict[str, str]:
+    """``--env`` entries as variables; ``KEY`` alone takes the shell's value.
+
+    Raises:
+        UsageError: an entry without a name, or a variable that is not set.
+    """
+    variables = {}
+    for entry in entries or ():
+        key, equals, value = entry.partition("=")
+        if not key or "\0" in entry:
+            raise UsageError("--env needs KEY or KEY=VALUE", where=f"--env {entry}")
+        if not equals and key not in os.environ:
+            raise UsageError(f"{key} is not set in this shell", where=f"--env {key}", hint=f"write --env {key}=VALUE")
+        variables[key] = value if equals else os.environ[key]
+    return variables
+
+
+def load(recipe: Path, overrides: Sequence[str], job: str) -> LoadedRecipe:
+    """The checked recipe; its warnings are printed.
+
+    Raises:
+        RecipeError: every mistake of the recipe.
+    """
+    from llmpipe_cli.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, list(overrides), job=job)
+    for notice in loaded.warnings:
+        console.say(f"warning: {notice}", "yellow")
+    return loaded
+
+
+def prepare(loaded: LoadedRecipe) -> PreparedData | None:
+    """The recipe's data, tokenised and packed, with its progress shown; None when the recipe has none.
+
+    Raises:
+        UsageError: nothing found, an unreadable line, an empty corpus.
+    """
+    if loaded.recipe.data.train is None and loaded.recipe.data.validation is None:
+        return None
+    from llmpipe_cli.data.prepare import prepare as prepare_data
+
+    with console.preparation() as progress:
+        return prepare_data(loaded.recipe, loaded.base_dir, progress=progress)
+
+
+def devices_for(options: LaunchOptions) -> Devices:
+    """The devices to plan for; warnings about them are printed.
+
+    Raises:
+        PreflightError: more accelerators are asked for than there are.
+    """
+    from llmpipe_cli.cluster.devices import local_devices
+
+    devices = local_devices(options.devices)
+    if devices.warning:
+        console.say(f"warning: {devices.warning}", "yellow")
+    return devices
+
+
+def make_launcher(name: str) -> Launcher:
+    """The launcher of this name.
+
+    Raises:
+        UsageError: there is no such launcher.
+    """
+    if name == "local":
+        from llmpipe_cli.cluster.launchers.local import LocalLauncher
+
+        return LocalLauncher()
+    planned = ("ssh", "deepspeed", "slurm", "kubernetes")
+    message = "not available in this version" if name in planned else "not a launcher"
+    raise UsageError(f"'{name}' is {message}", where="--launcher", hint="use --launcher local")
+
+
+def run_plan(plan: Plan, loaded: LoadedRecipe | None, output_dir: Path, options: LaunchOptions) -> Finished | None:
+    """Start the plan's ranks and stay until they are gone; with ``--dry-run`` print what would be started.
+
+    Args:
+        plan: what runs where.
+        loaded: the recipe as given, kept in the run directory; None for jobs without one.
+        output_dir: folder of the run directories.
+        options: flags.
+
+    Returns:
+        How it ended when it ended well or was stopped on request; None after a dry run.
+
+    Raises:
+        LlmpipeError: a rank, the node or the launcher failed; the run's status is written.
+    """
+    launcher = make_launcher(options.launcher)
+    if options.dry_run:
+        _print_dry_run(plan, launcher, output_dir, options)
+        return None
+    run = RunDirectory.create(output_dir, plan.name if plan.job == "train" else f"{plan.name}-{plan.job}")
+    if loaded is not None:
+        write_text(run.recipe, loaded.text)
+        _write_lock(run, loaded, plan)
+    plan.save(run.plan)
+    run.write_controller()
+    progress = _progress(plan, run)
+    with StopSignals() as signals:
+        outcome = _watch(launcher.start(_spec(plan, run, options)), run, progress, signals)
+    return _conclude(run, outcome, progress)
+
+
+
+
+def _watch(job: Job, run: RunDirectory, progress: Progress, signals: StopSignals) -> Outcome:
+    """Show the job and pass on requests to stop until all its processes are gone."""
+    from llmpipe_cli.report.live import make_view
+
+    reader = MetricsReader(run.metrics)
+    told = killed = False
+    view: View
+    try:
+        with make_view(progress, console.stderr()) as view:
+            while (outcome := job.poll()) is None:
+                view.add(reader.read())
+                if signals.kill and not killed:
+                    killed = True
+                    job.kill()
+                elif signals.stop and not told:
+                    told = True
+                    job.request_stop()
+                    progress.phase = "saving and stopping"
+                    view.say("stopping: the ranks finish their step and save; Ctrl-C again kills them")
+                view.tick()
+                time.sleep(_POLL_SECONDS)
+            view.add(reader.read())
+            return outcome
+    except BaseException:
+        job.kill()
+        raise
+
+
+def _conclude(run: RunDirectory, outcome: Outcome, progress: Progress) -> Finished:
+    """Write how the run ended; raise what went wrong."""
+    error = outcome.error
+    if error is not None:
+        run.write_status(
+            "failed", error.exit_code, message=error.message, where=error.where, hint=error.hint, rank=outcome.rank
+        )
+        if outcome.traceback:
+            console.say(outcome.traceback.rstrip(), "dim")
+        raise error
+    if outcome.exit_code == EXIT_INTERRUPTED:
+        run.write_status("failed", outcome.exit_code, message="killed by the user")
+    elif run.status()["state"] not in ("done", "stopped"):
+        run.write_status("stopped" if outcome.exit_code == EXIT_STOPPED else "done", outcome.exit_code)
+    return Finished(run, outcome.exit_code, progress)
+
+
+def _spec(plan: Plan, run: RunDirectory, options: LaunchOptions) -> LaunchSpec:
+    # DeepSpeed numbers ranks stage by stage: all replicas and shards of stage 0 first.
+    ranks_a_stage = plan.layout.data * plan.layout.tensor
+    return LaunchSpec(
+        run=run,
+        stages=tuple(rank // ranks_a_stage for rank in range(plan.layout.num_ranks)),
+        device=plan.device,
+        grace_seconds=options.grace_seconds,
+        environment=options.environment,
+    )
+
+
+def _progress(plan: Plan, run: RunDirectory) -> Progress:
+    from llmpipe_cli.report import formats
+    from llmpipe_cli.report.progress import Progress
+
+    words = [plan.recipe["task"], plan.model_type, formats.layout(plan.layout.model_dump()), plan.device]
+    max_steps = plan.training.max_steps if plan.training and plan.job == "train" else None
+    return Progress(run.name, " · ".join(words), max_steps)
+
+
+def _print_dry_run(plan: Plan, launcher: Launcher, output_dir: Path, options: LaunchOptions) -> None:
+    """What would be started: the layout, each node's command and environment, the DeepSpeed config."""
+    from llmpipe_cli.engine.config import deepspeed_config
+    from llmpipe_cli.report import formats
+
+    run = RunDirectory((output_dir / f"{plan.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute())
+    commands = launcher.commands(_spec(plan, run, options))
+    config = deepspeed_config(plan)
+    if options.as_json:
+        nodes = [
+            {"host": command.host, "argv": list(command.argv), "environment": command.shown_environment()}
+            for command in commands
+        ]
+        layout = plan.layout.model_dump() | {
+            "partition": plan.partition,
+            "micro_batch_size": plan.micro_batch_size,
+            "num_micro_batches": plan.num_micro_batches,
+            "schedule": plan.schedule,
+        }
+        console.print_json({"dry_run": True, "layout": layout, "commands": nodes, "deepspeed_config": config})
+        return
+    bounds = " | ".join(f"{start}-{stop - 1}" for start, stop in zip(plan.partition, plan.partition[1:], strict=False))
+    lines = [
+        f"layout: {formats.layout(plan.layout.model_dump())}, segments {bounds}",
+        f"step: {plan.num_micro_batches} micro-batches of {plan.micro_batch_size} a replica, schedule {plan.schedule}",
+    ]
+    for command in commands:
+        lines += ["", f"on {command.host}:"]
+        lines += [f"  {key}={value}" for key, value in command.shown_environment().items()]
+        lines.append("  " + shlex.join(command.argv))
+    lines += ["", "DeepSpeed config:", json.dumps(config, indent=2)]
+    console.stdout().print("\n".join(lines), markup=False, soft_wrap=True)
+
+
+def _write_lock(run: RunDirectory, loaded: LoadedRecipe, plan: Plan) -> None:
+    """Every default resolved, the versions, and what the data was."""
+    from llmpipe_cli.recipe.lock import write_lock
+
+    write_lock(run.recipe_lock, loaded, versions=versions(), data=plan.data)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the parts that decide about numbers."""
+    names = ("llmpipe_cli", "torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

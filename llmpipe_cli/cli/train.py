@@ -1,0 +1,152 @@
+"""``llmpipe train`` and ``llmpipe finetune``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmpipe_cli.cli import console, jobs
+from llmpipe_cli.cli.options import (
+    DEFAULT_GRACE_SECONDS,
+    DevicesOption,
+    DryRunOption,
+    EnvOption,
+    GraceOption,
+    JsonOption,
+    LauncherOption,
+    RecipeArgument,
+    SetOption,
+)
+from llmpipe_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+from llmpipe_cli.run import find_resume
+
+if TYPE_CHECKING:
+    from llmpipe_cli.recipe.load import LoadedRecipe
+    from llmpipe_cli.run import RunDirectory
+
+ResumeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--resume",
+        metavar="auto|PATH",
+        help="Go on from a checkpoint, on any layout: auto takes this recipe's newest, or starts at step 0.",
+    ),
+]
+FromOption = Annotated[
+    str,
+    typer.Option(
+        "--from", metavar="MODEL", help="Model to start from: a directory, a hub id or a run.", show_default=False
+    ),
+]
+
+
+def train(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    resume: ResumeOption = None,
+    devices: DevicesOption = None,
+    launcher: LauncherOption = "local",
+    env: EnvOption = None,
+    grace_seconds: GraceOption = DEFAULT_GRACE_SECONDS,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model as its recipe says: from scratch, or on from a checkpoint.
+
+    Ctrl-C once saves and stops (exit code 75, go on with --resume auto); twice stops at once.
+    """
+    options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, jobs.read_environment(env), grace_seconds)
+    _train(jobs.load(recipe, set_ or [], "train"), resume, options)
+
+
+def finetune(
+    recipe: RecipeArgument,
+    from_: FromOption,
+    set_: SetOption = None,
+    resume: ResumeOption = None,
+    devices: DevicesOption = None,
+    launcher: LauncherOption = "local",
+    env: EnvOption = None,
+    grace_seconds: GraceOption = DEFAULT_GRACE_SECONDS,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train on from a pretrained model: all its weights, with its own tokenizer."""
+    from llmpipe_cli.cli.models import find_model
+
+    options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, jobs.read_environment(env), grace_seconds)
+    model = find_model(from_, Path("runs"))
+    # What is given with --from replaces the recipe's own model and tokenizer; --set comes last and still wins.
+    overrides = ["model.config=null", f"model.from={json.dumps(str(model))}", "tokenizer=null", *(set_ or [])]
+    _train(jobs.load(recipe, overrides, "train"), resume, options)
+
+
+def _train(loaded: LoadedRecipe, resume: str | None, options: jobs.LaunchOptions) -> None:
+    jobs.make_launcher(options.launcher)
+    output_dir = Path(loaded.recipe.output_dir)
+    checkpoint = None
+    if resume is not None:
+        checkpoint = find_resume(resume, loaded.recipe.name, output_dir)
+        console.say(f"goes on from {checkpoint}" if checkpoint else "no checkpoint yet: starts at step 0")
+    devices = jobs.devices_for(options)
+    data = jobs.prepare(loaded)
+
+    from llmpipe_cli.plan.resolve import make_plan
+
+    plan = make_plan(
+        loaded.recipe,
+        job="train",
+        data=data,
+        num_devices=devices.count,
+        device=devices.kind,
+        resume_from=checkpoint,
+        loaded=loaded,
+    )
+    finished = jobs.run_plan(plan, loaded, output_dir, options)
+    if finished is not None:
+        _summarise(finished, options)
+        raise typer.Exit(finished.exit_code)
+
+
+def _summarise(finished: jobs.Finished, options: jobs.LaunchOptions) -> None:
+    """What came out, and where it is."""
+    run, progress = finished.run, finished.progress
+    checkpoint = run.latest_checkpoint()
+    plot = _plot(run) if progress.steps else None
+    validation = progress.evaluations[-1]["metrics"] if progress.evaluations else {}
+    if options.as_json:
+        console.print_json(
+            {
+                "run": str(run.path),
+                "state": run.status()["state"],
+                "exit_code": finished.exit_code,
+                "step": progress.step,
+                "loss": progress.last.get("loss"),
+                "validation": validation,
+                "checkpoint": _text(checkpoint),
+                "plot": _text(plot),
+            }
+        )
+        return
+    from llmpipe_cli.report.summary import training_summary
+
+    console.stderr().print(training_summary(run, progress, checkpoint, plot, finished.exit_code), soft_wrap=True)
+    if finished.exit_code == EXIT_STOPPED:
+        console.say("stopped on request; go on with `--resume auto`", "yellow")
+    elif finished.exit_code == EXIT_INTERRUPTED:
+        console.say("stopped at once; the last checkpoint is whole, go on with `--resume auto`", "yellow")
+
+
+def _plot(run: RunDirectory) -> Path | None:
+    from llmpipe_cli.report.history import load_history
+    from llmpipe_cli.report.plots import plot_loss
+
+    history = load_history(run)
+    return plot_loss([history], run.path / "loss.png") if history.train else None
+
+
+def _text(path: Any) -> str | None:
+    return None if path is None else str(path)

@@ -1,0 +1,322 @@
+"""The live view of a running job: curve, rates, a bar a stage, last evaluation and checkpoint.
+
+`render` draws a `Progress` for a given size; `LiveView` shows it in a terminal, and `PlainView` writes lines where there
+is none. Both are fed line by line and redrawn by their caller, without threads of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from rich.cells import cell_len
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from llmpipe_cli.report import curve, formats
+from llmpipe_cli.report.progress import Progress, StageUse
+
+ACCENT = "cyan"
+VALIDATION = "bold magenta"
+BUSY = "green"
+WAITING = "yellow"
+_MAX_WIDTH = 120
+_REDRAW_SECONDS = 0.25
+_PLAIN_SECONDS = 5.0
+_FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+
+
+class View(Protocol):
+    """Something that shows a job while it runs."""
+
+    def __enter__(self) -> View: ...
+
+    def __exit__(self, *details: object) -> None: ...
+
+    def add(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Take in new lines of metrics.jsonl."""
+
+    def say(self, message: str) -> None:
+        """Show a notice above the view."""
+
+    def tick(self) -> None:
+        """Redraw if it is time to."""
+
+
+def make_view(progress: Progress, console: Console) -> View:
+    """A live view on a capable terminal, plain lines anywhere else (pipes, dumb terminals, NO_COLOR, no UTF-8)."""
+    capable = console.is_terminal and not console.is_dumb_terminal and not console.no_color
+    if capable and console.encoding.lower().startswith("utf"):
+        return LiveView(progress, console)
+    return PlainView(progress, console)
+
+
+class LiveView:
+    """Redraws one block at the bottom of the terminal."""
+
+    def __init__(self, progress: Progress, console: Console) -> None:
+        self._progress, self._console = progress, console
+        self._live = Live(console=console, auto_refresh=False, transient=False, vertical_overflow="crop")
+        self._drawn = 0.0
+        self._notices = 0
+
+    def __enter__(self) -> LiveView:
+        self._live.__enter__()
+        self._draw()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._draw()
+        self._live.__exit__(kind, error, trace)
+
+    def add(self, lines: Iterable[dict[str, Any]]) -> None:
+        for line in lines:
+            self._progress.add(line)
+        for warning in self._progress.warnings[self._notices :]:
+            self.say(f"warning: {warning}")
+        self._notices = len(self._progress.warnings)
+
+    def say(self, message: str) -> None:
+        self._console.print(Text(message, style="yellow"))
+
+    def tick(self) -> None:
+        if time.monotonic() - self._drawn >= _REDRAW_SECONDS:
+            self._draw()
+
+    def _draw(self) -> None:
+        self._drawn = time.monotonic()
+        size = self._console.size
+        self._live.update(render(self._progress, size.width, size.height - 1), refresh=True)
+
+
+class PlainView:
+    """Writes a line for the first and the last step, every few seconds in between, and for every event."""
+
+    def __init__(self, progress: Progress, console: Console) -> None:
+        self._progress, self._console = progress, console
+        self._written = -math.inf
+        self._pending: dict[str, Any] | None = None
+
+    def __enter__(self) -> PlainView:
+        self.say(f"{self._progress.title}: {self._progress.subtitle}")
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._flush()
+
+    def add(self, lines: Iterable[dict[str, Any]]) -> None:
+        for line in lines:
+            self._progress.add(line)
+            if "event" not in line:
+                self._pending = line
+                first = len(self._progress.steps) == 1
+                if first or time.monotonic() - self._written >= _PLAIN_SECONDS:
+                    self._flush()
+            elif (text := _event_line(line)) is not None:
+                self._flush()
+                self.say(text)
+
+    def say(self, message: str) -> None:
+        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def tick(self) -> None:
+        """Nothing to redraw."""
+
+    def _flush(self) -> None:
+        if self._pending is not None and "loss" in self._pending:
+            self._written = time.monotonic()
+            self.say(_step_line(self._progress, self._pending))
+        self._pending = None
+
+
+def render(progress: Progress, width: int, height: int) -> RenderableType:
+    """The view as it fits `width` columns and `height` rows; it never takes more than that."""
+    width = min(width, _MAX_WIDTH) - 2
+    head = [_title(progress, width), Text("─" * width, style="dim"), *_bar(progress, width)]
+    if not progress.steps:
+        return _indented(head)
+    tail = _footer(progress)
+    stages = progress.stages()
+    numbers = _numbers(progress, width)
+    free = height - len(head) - len(numbers) - len(tail) - 2
+    # The curve keeps its six rows of ten when there are many stages; two stages are always shown.
+    stage_rows = _stage_rows(stages, width, max(2, free - 9))
+    curve_rows = max(0, min(10, free - len(stage_rows) - 3))
+    body: list[Text] = [Text(), *numbers]
+    if curve_rows >= 3:
+        body += [
+            Text(),
+            *curve.draw(
+                progress.loss_points(),
+                progress.validation_points(),
+                width,
+                curve_rows,
+                line_style=ACCENT,
+                mark_style=VALIDATION,
+            ),
+        ]
+    return _indented([*head, *body, *([Text()] if stage_rows else []), *stage_rows, *tail])
+
+
+def export_svg(progress: Progress, path: Path, width: int = 100) -> None:
+    """Draw the view of a run into an SVG file."""
+    rendered = render(progress, width, 28)
+    with Path("/dev/null").open("w", encoding="utf-8") as nowhere:
+        console = Console(record=True, width=width, file=nowhere, force_terminal=True, color_system="truecolor")
+        console.print(rendered)
+        path.write_text(console.export_svg(title=f"llmpipe train · {progress.title}"), encoding="utf-8")
+
+
+def _indented(rows: list[Text]) -> RenderableType:
+    indented = [Text(" ") + row for row in rows]
+    for row in indented:
+        row.no_wrap, row.overflow = True, "crop"
+    return Group(*indented)
+
+
+def _title(progress: Progress, width: int) -> Text:
+    left = Text.assemble(("llmpipe", f"bold {ACCENT}"), "  ", (progress.title, "bold"))
+    return _spread(left, Text(progress.subtitle, style="dim"), width)
+
+
+def _bar(progress: Progress, width: int) -> list[Text]:
+    if not progress.steps and progress.fraction == 0.0:
+        frame = _FRAMES[int(time.monotonic() * 8) % len(_FRAMES)]
+        return [Text.assemble((frame, ACCENT), " ", progress.phase)]
+    if progress.max_steps:
+        left = Text.assemble("step ", (f"{progress.step:,}", "bold"), f" of {progress.max_steps:,} ")
+        right = Text(f" {formats.percent(progress.fraction):>4}   {formats.duration(progress.seconds_left())} left")
+        if progress.fraction >= 1.0:
+            right = Text(f" {progress.phase}" if progress.phase != "training" else " finishing")
+    else:
+        left = Text(f"{progress.phase} ")
+        right = Text(f" {formats.percent(progress.fraction):>4}")
+    length = max(4, width - cell_len(left.plain) - cell_len(right.plain))
+    filled = round(progress.fraction * length)
+    return [left + Text("━" * filled, style=ACCENT) + Text("━" * (length - filled), style="bright_black") + right]
+
+
+def _numbers(progress: Progress, width: int) -> list[Text]:
+    last = progress.last
+    pairs = [
+        ("loss", formats.loss(last.get("loss"))),
+        ("tokens/s", formats.count(progress.tokens_per_second())),
+        ("learning rate", formats.learning_rate(last.get("learning_rate"))),
+        ("grad norm", formats.loss(last.get("grad_norm"))),
+    ]
+    if last.get("aux_loss"):
+        pairs.insert(1, ("aux loss", formats.loss(last["aux_loss"])))
+    if last.get("epoch") is not None and width >= 90:
+        pairs.append(("epoch", f"{last['epoch']:.2f}"))
+    column = width // len(pairs)
+    text = Text()
+    for index, (name, value) in enumerate(pairs):
+        cell = Text.assemble((name, "dim"), " ", (value, f"bold {ACCENT}" if index == 0 else "bold"))
+        cell.append(" " * max(2, column - cell_len(cell.plain)))
+        text += cell
+    text.rstrip()
+    return [text]
+
+
+def _stage_rows(stages: list[StageUse], width: int, limit: int) -> list[Text]:
+    if not stages:
+        return []
+    shown = stages if len(stages) <= limit else stages[: limit - 1]
+    digits = len(str(len(stages) - 1))
+    rows = [_stage_row(f"stage {index:>{digits}}", stage, width) for index, stage in enumerate(shown)]
+    rest = stages[len(shown) :]
+    if rest:
+        busy = [stage.busy for stage in rest]
+        rows.append(
+            Text(
+                f"and {len(rest)} more stages, busy {formats.percent(min(busy))} to {formats.percent(max(busy))}",
+                style="dim",
+            )
+        )
+    return rows
+
+
+def _stage_row(name: str, stage: StageUse, width: int) -> Text:
+    right = Text.assemble(
+        (f" {formats.percent(stage.busy):>4}", BUSY),
+        (" busy ", "dim"),
+        (f"{formats.percent(stage.waiting):>4}", WAITING),
+        (" waiting ", "dim"),
+        f"{formats.memory(stage.memory_bytes):>9}",
+    )
+    left = Text(f"{name} ")
+    length = max(4, width - cell_len(left.plain) - cell_len(right.plain))
+    busy = round(stage.busy * length)
+    return left + Text("█" * busy, style=BUSY) + Text("░" * (length - busy), style=WAITING) + right
+
+
+def _footer(progress: Progress) -> list[Text]:
+    rows = []
+    if progress.evaluations:
+        rows.append(_evaluation_row(progress.evaluations[-1]))
+    if progress.checkpoint:
+        rows.append(_checkpoint_row(progress.checkpoint))
+    return rows
+
+
+def _evaluation_row(line: dict[str, Any]) -> Text:
+    row = Text.assemble(("validation ", VALIDATION))
+    for name, value in list(line.get("metrics", {}).items())[:4]:
+        if isinstance(value, (int, float)):
+            row.append(f" {name} ", style="dim").append(formats.metric(name, value), style="bold")
+    return row.append(f"  at step {line.get('step', 0):,}", style="dim")
+
+
+def _checkpoint_row(line: dict[str, Any]) -> Text:
+    row = Text.assemble(("checkpoint ", f"bold {ACCENT}"), f" {Path(str(line.get('path', ''))).name}")
+    if line.get("seconds") is not None:
+        row.append(f"  saved in {line['seconds']:.1f} s", style="dim")
+    return row
+
+
+def _spread(left: Text, right: Text, width: int) -> Text:
+    """`left` at the left and `right` at the right edge; `right` is left out where there is no room."""
+    gap = width - cell_len(left.plain) - cell_len(right.plain)
+    return left + Text(" " * gap) + right if gap >= 2 else left
+
+
+def _step_line(progress: Progress, line: dict[str, Any]) -> str:
+    of = f"/{progress.max_steps}" if progress.max_steps else ""
+    return (
+        f"step {line['step']}{of}  loss {formats.loss(line['loss'])}"
+        f"  learning rate {formats.learning_rate(line.get('learning_rate'))}"
+        f"  grad norm {formats.loss(line.get('grad_norm'))}"
+        f"  {formats.count(progress.tokens_per_second())} tokens/s  {formats.duration(progress.seconds_left())} left"
+    )
+
+
+def _event_line(line: dict[str, Any]) -> str | None:
+    event = line["event"]
+    if event == "evaluation":
+        return _evaluation_row(line).plain
+    if event == "checkpoint":
+        return _checkpoint_row(line).plain
+    if event in ("warning", "fault"):
+        return f"{event}: {line.get('message', '')}"
+    if event == "resume":
+        return f"goes on from step {line.get('step')}"
+    return None
+
+
+def stage_table(stages: list[StageUse]) -> Table:
+    """Use of each stage as a table."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("stage", "busy", "waiting", "peak memory"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for index, stage in enumerate(stages):
+        cells = [formats.percent(stage.busy), formats.percent(stage.waiting), formats.memory(stage.memory_bytes)]
+        table.add_row(str(index), *cells)
+    return table
