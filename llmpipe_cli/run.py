@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmpipe_cli.errors import CheckpointError, UsageError
+from llmpipe_cli.errors import UsageError
 
 _RUN_NAME = re.compile(r"^(?P<name>.+)-(?P<time>\d{8}-\d{6})(?:-(?P<copy>\d+))?$")
 _STEP_NAME = re.compile(r"^step-(\d+)$")
@@ -259,51 +259,6 @@ def list_runs(output_dir: Path | str = "runs") -> list[RunDirectory]:
         return []
     runs = [RunDirectory(path.absolute()) for path in folder.iterdir() if path.is_dir()]
     return sorted((run for run in runs if run.is_run()), key=_age_key)
-
-
-def find_resume(resume: str, recipe_name: str, output_dir: Path | str) -> Path | None:
-    """The checkpoint to go on from.
-
-    Args:
-        resume: ``auto`` takes the newest checkpoint of the newest training run of this recipe that has one; anything
-            else is a path to a checkpoint or a run directory, or the name of a run.
-
-    Returns:
-        The checkpoint folder; None when `auto` finds nothing, which means a start from step 0.
-
-    Raises:
-        CheckpointError: a path or name was given and nothing complete is there.
-    """
-    if resume == "auto":
-        for run in reversed(list_runs(output_dir)):
-            if run.recipe_name == recipe_name and run.read_plan().get("job", "train") == "train":
-                checkpoint = run.latest_checkpoint()
-                if checkpoint is not None:
-                    return checkpoint
-        return None
-    return find_checkpoint(resume, output_dir)
-
-
-def find_checkpoint(what: str, output_dir: Path | str = "runs") -> Path:
-    """The checkpoint that `what` means: its folder, a run directory or a run's name (their latest one).
-
-    Raises:
-        CheckpointError: nothing complete is there.
-    """
-    path = Path(what)
-    if is_checkpoint(path):
-        return path.resolve()
-    hint = "give a checkpoint folder such as runs/NAME/checkpoints/step-00001000, a run directory or a run's name"
-    if path.is_dir() and not RunDirectory(path).is_run():
-        raise CheckpointError("there is no complete checkpoint (no manifest.json)", where=str(path), hint=hint)
-    try:
-        run = RunDirectory.find(what, output_dir)
-    except UsageError:
-        raise CheckpointError("there is no checkpoint and no run of this name", where=what, hint=hint) from None
-    checkpoint = run.latest_checkpoint()
-    if checkpoint is None:
-        raise CheckpointError("this run has no complete checkpoint", where=str(run.path), hint=hint)
-    return checkpoint
 
 
 class MetricsReader:

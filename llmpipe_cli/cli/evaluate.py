@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,7 +20,10 @@ from llmpipe_cli.cli.options import (
     SetOption,
 )
 from llmpipe_cli.errors import CheckpointError, RankError
-from llmpipe_cli.run import RunDirectory, find_resume, read_json
+from llmpipe_cli.run import RunDirectory, read_json
+
+if TYPE_CHECKING:
+    from llmpipe_cli.recipe.load import LoadedRecipe
 
 CheckpointOption = Annotated[
     str | None,
@@ -48,24 +50,18 @@ def evaluate(
     options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, jobs.read_environment(env), grace_seconds)
     loaded = jobs.load(recipe, set_ or [], "evaluate")
     output_dir = Path(loaded.recipe.output_dir)
-    model = _find(checkpoint, loaded.recipe.name, output_dir)
-    if model is not None:
-        overrides = ["model.config=null", f"model.from={json.dumps(str(model))}", *(set_ or [])]
-        loaded = jobs.load(recipe, overrides, "evaluate")
+    model = _find(checkpoint, loaded, output_dir)
     jobs.make_launcher(options.launcher)
     found = jobs.devices_for(options)
     data = jobs.prepare(loaded)
-
-    from llmpipe_cli.plan.resolve import make_plan
-
-    plan = make_plan(
+    plan = jobs.plan_job(
         loaded.recipe,
+        data,
+        found,
         job="evaluate",
-        data=data,
-        num_devices=found.count,
-        device=found.kind,
         loaded=loaded,
-        options={"split": "validation", "checkpoint": str(model) if model is not None else loaded.recipe.model.from_},
+        checkpoint=model,
+        options={"split": "validation", "checkpoint": str(model or loaded.recipe.model.from_)},
     )
     finished = jobs.run_plan(plan, loaded, output_dir, options)
     if finished is not None:
@@ -74,12 +70,19 @@ def evaluate(
         raise typer.Exit(finished.exit_code)
 
 
-def _find(checkpoint: str | None, recipe_name: str, output_dir: Path) -> Path | str | None:
-    if checkpoint is None:
-        return find_resume("auto", recipe_name, output_dir)
-    from llmpipe_cli.cli.models import find_model
+def _find(checkpoint: str | None, loaded: LoadedRecipe, output_dir: Path) -> Path | str | None:
+    """The model to measure; None leaves the recipe's own pretrained one."""
+    from llmpipe_cli.cli.models import find_model, find_resume
 
-    return find_model(checkpoint, output_dir)
+    if checkpoint is not None:
+        return find_model(checkpoint, output_dir)
+    newest = find_resume("auto", loaded.recipe.name, output_dir)
+    if newest is None and loaded.recipe.model.from_ is None:
+        raise CheckpointError(
+            f"there is no checkpoint of '{loaded.recipe.name}' in {output_dir} yet",
+            hint="train first, or name a model with --checkpoint",
+        )
+    return newest
 
 
 def _print_result(run: RunDirectory, as_json: bool) -> None:

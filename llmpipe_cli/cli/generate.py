@@ -67,24 +67,21 @@ def generate(
     jobs.make_launcher(options.launcher)
 
     from llmpipe_cli.cli.models import find_model
-    from llmpipe_cli.plan.resolve import make_plan
 
     found = find_model(model, output_dir)
     recipe = _recipe(found, dtype, stages)
     available = jobs.devices_for(options)
-    plan = make_plan(
+    plan = jobs.plan_job(
         recipe,
+        None,
+        available,
         job="generate",
-        data=None,
-        num_devices=available.count,
-        device=available.kind,
+        checkpoint=found,
         options={
             "prompts": texts,
             "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "seed": seed,
+            "tokenizer": str(found),
+            "sampling": {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed},
         },
     )
     finished = jobs.run_plan(plan, None, output_dir, options)

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +27,10 @@ from llmpipe_cli.run import MetricsReader, RunDirectory, write_text
 if TYPE_CHECKING:
     from llmpipe_cli.cluster.devices import Devices
     from llmpipe_cli.data.prepare import PreparedData
+    from llmpipe_cli.plan.plan import Job as PlannedJob
     from llmpipe_cli.plan.plan import Plan
     from llmpipe_cli.recipe.load import LoadedRecipe
+    from llmpipe_cli.recipe.schema import Recipe
     from llmpipe_cli.report.live import View
     from llmpipe_cli.report.progress import Progress
 
@@ -98,7 +99,7 @@ def prepare(loaded: LoadedRecipe) -> PreparedData | None:
         return None
     from llmpipe_cli.data.prepare import prepare as prepare_data
 
-    with console.preparation() as progress:
+    with places(loaded), console.preparation() as progress:
         return prepare_data(loaded.recipe, loaded.base_dir, progress=progress)
 
 
@@ -131,6 +132,53 @@ def make_launcher(name: str) -> Launcher:
     raise UsageError(f"'{name}' is {message}", where="--launcher", hint="use --launcher local")
 
 
+def plan_job(
+    recipe: Recipe,
+    data: PreparedData | None,
+    devices: Devices,
+    *,
+    job: PlannedJob,
+    loaded: LoadedRecipe | None = None,
+    checkpoint: Path | str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Plan:
+    """What runs where; errors about a field of the recipe get the field's place in the file.
+
+    Raises:
+        UsageError: recipe, model and data do not fit each other.
+        PreflightError: too few devices.
+    """
+    from llmpipe_cli.plan.resolve import make_plan
+
+    with places(loaded):
+        return make_plan(
+            recipe,
+            data,
+            job=job,
+            device=devices.kind,
+            num_devices=devices.count,
+            checkpoint=None if checkpoint is None else Path(checkpoint),
+            options=options,
+        )
+
+
+@contextmanager
+def places(loaded: LoadedRecipe | None) -> Iterator[None]:
+    """Errors that name a field of the recipe (``train.max_steps``) leave with its place (``recipe.yaml:12:3``)."""
+    try:
+        yield
+    except LlmpipeError as error:
+        if loaded is not None and error.where is not None and _is_field(error.where):
+            error.where = f"{loaded.where(error.where)} ({error.where})"
+        raise
+
+
+def _is_field(where: str) -> bool:
+    from llmpipe_cli.recipe.schema import Recipe
+
+    return where.split(".")[0] in Recipe.model_fields and "/" not in where and ":" not in where
+
+
 def run_plan(plan: Plan, loaded: LoadedRecipe | None, output_dir: Path, options: LaunchOptions) -> Finished | None:
     """Start the plan's ranks and stay until they are gone; with ``--dry-run`` print what would be started.
 
@@ -153,7 +201,7 @@ def run_plan(plan: Plan, loaded: LoadedRecipe | None, output_dir: Path, options:
     run = RunDirectory.create(output_dir, plan.name if plan.job == "train" else f"{plan.name}-{plan.job}")
     if loaded is not None:
         write_text(run.recipe, loaded.text)
-        _write_lock(run, loaded, plan)
+        _write_lock(run, plan)
     plan.save(run.plan)
     run.write_controller()
     progress = _progress(plan, run)
@@ -162,34 +210,33 @@ def run_plan(plan: Plan, loaded: LoadedRecipe | None, output_dir: Path, options:
     return _conclude(run, outcome, progress)
 
 
-
-
 def _watch(job: Job, run: RunDirectory, progress: Progress, signals: StopSignals) -> Outcome:
     """Show the job and pass on requests to stop until all its processes are gone."""
     from llmpipe_cli.report.live import make_view
 
     reader = MetricsReader(run.metrics)
+    view: View = make_view(progress, console.stderr())
     told = killed = False
-    view: View
+    view.start()
     try:
-        with make_view(progress, console.stderr()) as view:
-            while (outcome := job.poll()) is None:
-                view.add(reader.read())
-                if signals.kill and not killed:
-                    killed = True
-                    job.kill()
-                elif signals.stop and not told:
-                    told = True
-                    job.request_stop()
-                    progress.phase = "saving and stopping"
-                    view.say("stopping: the ranks finish their step and save; Ctrl-C again kills them")
-                view.tick()
-                time.sleep(_POLL_SECONDS)
+        while (outcome := job.poll()) is None:
             view.add(reader.read())
-            return outcome
+            if signals.kill and not killed:
+                killed = True
+                job.kill()
+            elif signals.stop and not told:
+                told = True
+                job.request_stop()
+                view.say("stopping: the ranks finish their step and save; Ctrl-C again kills them")
+            view.tick()
+            time.sleep(_POLL_SECONDS)
+        view.add(reader.read())
+        return outcome
     except BaseException:
         job.kill()
         raise
+    finally:
+        view.stop()
 
 
 def _conclude(run: RunDirectory, outcome: Outcome, progress: Progress) -> Finished:
@@ -264,20 +311,11 @@ def _print_dry_run(plan: Plan, launcher: Launcher, output_dir: Path, options: La
     console.stdout().print("\n".join(lines), markup=False, soft_wrap=True)
 
 
-def _write_lock(run: RunDirectory, loaded: LoadedRecipe, plan: Plan) -> None:
+def _write_lock(run: RunDirectory, plan: Plan) -> None:
     """Every default resolved, the versions, and what the data was."""
     from llmpipe_cli.recipe.lock import write_lock
+    from llmpipe_cli.recipe.schema import Recipe
 
-    write_lock(run.recipe_lock, loaded, versions=versions(), data=plan.data)
-
-
-def versions() -> dict[str, str]:
-    """Versions of the parts that decide about numbers."""
-    names = ("llmpipe_cli", "torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    splits = {name: (plan.data or {}).get(name) for name in ("train", "validation")}
+    fingerprints = {name: {"fingerprint": split["fingerprint"]} for name, split in splits.items() if split}
+    write_lock(run.recipe_lock, Recipe.model_validate(plan.recipe), fingerprints)

@@ -31,7 +31,5 @@ GraceOption = Annotated[
     float,
     typer.Option("--grace-seconds", metavar="S", min=0.0, help="Time to save after a request to stop; then killed."),
 ]
-OutputDirOption = Annotated[
-    Path, typer.Option("--output-dir", metavar="DIR", help="Folder of the run directories.")
-]
+OutputDirOption = Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Folder of the run directories.")]
 DEFAULT_GRACE_SECONDS = 120.0

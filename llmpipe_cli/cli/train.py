@@ -21,7 +21,6 @@ from llmpipe_cli.cli.options import (
     SetOption,
 )
 from llmpipe_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED
-from llmpipe_cli.run import find_resume
 
 if TYPE_CHECKING:
     from llmpipe_cli.recipe.load import LoadedRecipe
@@ -89,22 +88,13 @@ def _train(loaded: LoadedRecipe, resume: str | None, options: jobs.LaunchOptions
     output_dir = Path(loaded.recipe.output_dir)
     checkpoint = None
     if resume is not None:
+        from llmpipe_cli.cli.models import find_resume
+
         checkpoint = find_resume(resume, loaded.recipe.name, output_dir)
         console.say(f"goes on from {checkpoint}" if checkpoint else "no checkpoint yet: starts at step 0")
     devices = jobs.devices_for(options)
     data = jobs.prepare(loaded)
-
-    from llmpipe_cli.plan.resolve import make_plan
-
-    plan = make_plan(
-        loaded.recipe,
-        job="train",
-        data=data,
-        num_devices=devices.count,
-        device=devices.kind,
-        resume_from=checkpoint,
-        loaded=loaded,
-    )
+    plan = jobs.plan_job(loaded.recipe, data, devices, job="train", loaded=loaded, checkpoint=checkpoint)
     finished = jobs.run_plan(plan, loaded, output_dir, options)
     if finished is not None:
         _summarise(finished, options)

@@ -77,7 +77,9 @@ def compare_histories(one: History, other: History) -> dict[str, Any]:
     mine, theirs = dict(one.train), dict(other.train)
     common = sorted(mine.keys() & theirs.keys())
     differences = [abs(mine[step] - theirs[step]) for step in common]
-    relative = [difference / max(abs(theirs[step]), 1e-12) for difference, step in zip(differences, common, strict=True)]
+    relative = [
+        difference / max(abs(theirs[step]), 1e-12) for difference, step in zip(differences, common, strict=True)
+    ]
     return {
         "other": other.label,
         "num_steps": len(common),

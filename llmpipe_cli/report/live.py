@@ -1,7 +1,7 @@
 """The live view of a running job: curve, rates, a bar a stage, last evaluation and checkpoint.
 
-`render` draws a `Progress` for a given size; `LiveView` shows it in a terminal, and `PlainView` writes lines where there
-is none. Both are fed line by line and redrawn by their caller, without threads of their own.
+`render` draws a `Progress` for a given size; `LiveView` shows it in a terminal, `PlainView` writes lines elsewhere.
+Both are fed line by line and redrawn by their caller, without threads of their own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 from rich.cells import cell_len
@@ -35,9 +34,11 @@ _FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 class View(Protocol):
     """Something that shows a job while it runs."""
 
-    def __enter__(self) -> View: ...
+    def start(self) -> None:
+        """Begin to show."""
 
-    def __exit__(self, *details: object) -> None: ...
+    def stop(self) -> None:
+        """Show the last state and leave the terminal as it was."""
 
     def add(self, lines: Iterable[dict[str, Any]]) -> None:
         """Take in new lines of metrics.jsonl."""
@@ -66,16 +67,13 @@ class LiveView:
         self._drawn = 0.0
         self._notices = 0
 
-    def __enter__(self) -> LiveView:
-        self._live.__enter__()
+    def start(self) -> None:
+        self._live.start()
         self._draw()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def stop(self) -> None:
         self._draw()
-        self._live.__exit__(kind, error, trace)
+        self._live.stop()
 
     def add(self, lines: Iterable[dict[str, Any]]) -> None:
         for line in lines:
@@ -105,11 +103,10 @@ class PlainView:
         self._written = -math.inf
         self._pending: dict[str, Any] | None = None
 
-    def __enter__(self) -> PlainView:
+    def start(self) -> None:
         self.say(f"{self._progress.title}: {self._progress.subtitle}")
-        return self
 
-    def __exit__(self, *details: object) -> None:
+    def stop(self) -> None:
         self._flush()
 
     def add(self, lines: Iterable[dict[str, Any]]) -> None:
@@ -191,7 +188,7 @@ def _bar(progress: Progress, width: int) -> list[Text]:
     if not progress.steps and progress.fraction == 0.0:
         frame = _FRAMES[int(time.monotonic() * 8) % len(_FRAMES)]
         return [Text.assemble((frame, ACCENT), " ", progress.phase)]
-    if progress.max_steps:
+    if progress.max_steps and not progress.total:
         left = Text.assemble("step ", (f"{progress.step:,}", "bold"), f" of {progress.max_steps:,} ")
         right = Text(f" {formats.percent(progress.fraction):>4}   {formats.duration(progress.seconds_left())} left")
         if progress.fraction >= 1.0:

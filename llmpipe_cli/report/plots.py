@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmpipe_cli.report.history import History, Point
 
@@ -41,7 +41,7 @@ def plot_loss(histories: Sequence[History], path: Path) -> Path:
 
     main, others = histories[0], histories[1:]
     differences = _differences(main, others[0]) if len(others) == 1 else []
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 10,
         "axes.edgecolor": _INK,
         "axes.labelcolor": _INK,

@@ -41,6 +41,7 @@ class Progress:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     checkpoint: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
+    first_step: int = 0
     done: int = 0
     total: int | None = None
 
@@ -52,11 +53,14 @@ class Progress:
                 self.phase = "training"
                 self.steps.append(line)
         elif event == "start":
-            self.max_steps = line.get("max_steps", self.max_steps)
-            self.phase = "training"
+            self.max_steps = line.get("max_steps") or None
+            self.first_step = int(line.get("step") or 0)
+            self.phase = "running"
         elif event == "progress":
-            self.phase = str(line.get("what", self.phase))
+            self.phase = str(line.get("name") or line.get("what") or self.phase)
             self.done, self.total = int(line.get("done", 0)), line.get("total")
+        elif event == "token":
+            self.phase, self.done, self.total = "generating", int(line.get("step", 0)), self.max_steps
         elif event == "evaluation":
             self.evaluations.append(line)
         elif event == "checkpoint":
@@ -73,14 +77,14 @@ class Progress:
 
     @property
     def step(self) -> int:
-        return int(self.last.get("step", 0))
+        return int(self.last.get("step", self.first_step))
 
     @property
     def fraction(self) -> float:
         """Share of the job that is done, 0 to 1."""
-        if self.max_steps:
-            return min(1.0, self.step / self.max_steps)
-        return min(1.0, self.done / self.total) if self.total else 0.0
+        if self.total and not self.steps:
+            return min(1.0, self.done / self.total)
+        return min(1.0, self.step / self.max_steps) if self.max_steps else 0.0
 
     def tokens_per_second(self) -> float | None:
         """Rate over the recent steps."""
