@@ -142,7 +142,9 @@ def resolve_weights(section: ModelSection) -> Path:
         return Path(snapshot_download(section.from_, revision=section.revision, allow_patterns=patterns))
     except Exception as error:  # the hub raises many kinds, all of which mean that the weights are not there
         reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"{section.from_} cannot be downloaded: {reason}", hint="name a local folder instead") from error
+        raise UsageError(
+            f"{section.from_} cannot be downloaded: {reason}", hint="name a local folder instead"
+        ) from error
 
 
 def _field_names(cls: type[PreTrainedConfig]) -> set[str]:
@@ -197,7 +199,9 @@ def model_class(config: PreTrainedConfig, task: str) -> type[PreTrainedModel]:
 
         return get_class_from_dynamic_module(remote, config._name_or_path)
     if type(config) not in auto_class._model_mapping:
-        able = [task for task, name in _AUTO_CLASSES.items() if type(config) in getattr(transformers, name)._model_mapping]
+        able = [
+            task for task, name in _AUTO_CLASSES.items() if type(config) in getattr(transformers, name)._model_mapping
+        ]
         raise UsageError(
             f"transformers has no {config.model_type} model for task {task}",
             hint=f"{config.model_type} can do: {', '.join(able)}" if able else None,

@@ -200,13 +200,10 @@ def _data_shape(context: _Context) -> Iterator[Finding]:
 
 def _length(context: _Context) -> Iterator[Finding]:
     recipe, train = context.recipe, context.recipe.train
-    if train.max_steps is None and train.num_train_epochs is None:
-        if context.job == "train" or (context.job is None and recipe.data.train is not None):
-            message = "how long to train is not said: `max_steps` or `num_train_epochs` is needed"
-            yield Finding(("train", "train.max_steps", "train.num_train_epochs"), message, "train: {max_steps: 1000}")
-    elif train.max_steps is None and recipe.data.train is not None and recipe.data.train.synthetic:
-        message = "synthetic data has no epochs"
-        yield Finding(("train.num_train_epochs", "data.train"), message, "write max_steps")
+    needed = context.job == "train" or (context.job is None and recipe.data.train is not None)
+    if needed and train.max_steps is None and train.num_train_epochs is None:
+        message = "how long to train is not said: `max_steps` or `num_train_epochs` is needed"
+        yield Finding(("train", "train.max_steps", "train.num_train_epochs"), message, "train: {max_steps: 1000}")
     if train.warmup_steps is not None and train.max_steps is not None and train.warmup_steps > train.max_steps:
         message = f"the warm-up of {train.warmup_steps} steps is longer than the training of {train.max_steps}"
         yield Finding(("train.warmup_steps", "train.max_steps"), message, "shorten it, or write warmup_ratio: 0.05")
@@ -315,6 +312,10 @@ def _evaluation(context: _Context) -> Iterator[Finding]:
             near = nearest(metric.removeprefix("eval_"), metrics)
             hint = f"did you mean {near}?" if near else f"its metrics are {', '.join(metrics)}"
             yield Finding((metric_path, "task"), f"the task {recipe.task} has no metric `{metric}`", hint)
+    if len({metric for _, _, metric in wanted}) > 1:
+        message = f"`keep_best` ({wanted[1][2]}) and `early_stopping` ({wanted[0][2]}) have to watch the same metric"
+        hint = f"write metric: {wanted[1][2]} under early_stopping:"
+        yield Finding(("checkpoint.keep_best", "train.early_stopping.metric"), message, hint)
     if recipe.data.validation is None:
         for field in ("every_steps", "max_samples"):
             if context.given(f"evaluation.{field}"):
@@ -324,7 +325,7 @@ def _evaluation(context: _Context) -> Iterator[Finding]:
                 break
 
 
-_SIZE = re.compile(r"\s*[1-9]\d*(\.\d+)?\s*(KB|MB|GB|KiB|MiB|GiB)\s*\Z", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(?=[\d.]*[1-9])\d+(\.\d+)?\s*(KB|MB|GB|TB)\s*\Z", re.IGNORECASE)
 
 
 def _checkpoint(context: _Context) -> Iterator[Finding]:

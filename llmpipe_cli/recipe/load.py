@@ -18,7 +18,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -96,6 +97,21 @@ class LoadedRecipe:
     def error(self, dotted: str, message: str, hint: str | None = None) -> UsageError:
         """An error about the value of a field, with its place."""
         return UsageError(message, where=self.where(dotted), hint=hint)
+
+    @contextmanager
+    def locating(self, section: str | None = None) -> Iterator[None]:
+        """Lets errors about the recipe point into the file.
+
+        Code that has only the `Recipe` raises `UsageError` with a dotted field as its `where`; leaving this context,
+        the error names the line and column of that field. `section` is the field of errors that name no place at all.
+        """
+        try:
+            yield
+        except UsageError as error:
+            dotted = error.where or section
+            if dotted is not None and _is_field(dotted):
+                error.where = self.where(dotted)
+            raise
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, job: str | None = None) -> LoadedRecipe:
@@ -483,6 +499,12 @@ def _write_it_at(target: str, key: str, on_command_line: bool) -> str:
     parent, _, last = target.rpartition(".")
     under = f" under {parent}:" if parent else " at the top level"
     return f"write it{under}" if last == key else f"write `{last}`{under}"
+
+
+def _is_field(dotted: str) -> bool:
+    """True for `train`, `train.max_steps`, `model.config.hidden_size`; false for a file or a host."""
+    known = _all_fields()
+    return dotted in known or dotted.startswith("model.config.") or re.sub(r"(\.|\[)\d+\]?\Z", "", dotted) in known
 
 
 @cache

@@ -18,7 +18,9 @@ def find_layers(model: nn.Module) -> dict[str, str]:
     Raises:
         UsageError: the model has no list of layers.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    lists = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
     stacks = [
         name
         for name, modules in lists.items()
