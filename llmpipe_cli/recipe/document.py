@@ -210,13 +210,15 @@ def describe_value(node: Node) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return f"the text {shorten(value)!r}"
+        return f"the text '{shorten(value)}'"
     return f"the number {value}"
 
 
 def shorten(text: str, limit: int = 60) -> str:
-    """`text`, cut where messages would become unreadable."""
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    """`text` on one line, cut where messages would become unreadable."""
+    cut = text if len(text) <= limit else text[: limit - 3] + "..."
+    # Escape sequences in a file must not reach the terminal.
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in cut)
 
 
 class _Builder:
@@ -312,7 +314,7 @@ class _Builder:
                 first = top.node.value[key].key_place
                 at = f"line {first.line}" if first.line else "the same value"
                 hint = "keep one of the two; YAML readers that take the last one hide such mistakes"
-                self.problem(key_place, f"the key `{key}` was already written at {at}", hint)
+                self.problem(key_place, f"the key `{shorten(key)}` was already written at {at}", hint)
             else:
                 top.node.value[key] = Entry(key_place, node)
         else:

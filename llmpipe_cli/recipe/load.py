@@ -18,8 +18,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -97,21 +96,6 @@ class LoadedRecipe:
     def error(self, dotted: str, message: str, hint: str | None = None) -> UsageError:
         """An error about the value of a field, with its place."""
         return UsageError(message, where=self.where(dotted), hint=hint)
-
-    @contextmanager
-    def locating(self, section: str | None = None) -> Iterator[None]:
-        """Lets errors about the recipe point into the file.
-
-        Code that has only the `Recipe` raises `UsageError` with a dotted field as its `where`; leaving this context,
-        the error names the line and column of that field. `section` is the field of errors that name no place at all.
-        """
-        try:
-            yield
-        except UsageError as error:
-            dotted = error.where or section
-            if dotted is not None and _is_field(dotted):
-                error.where = self.where(dotted)
-            raise
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, job: str | None = None) -> LoadedRecipe:
@@ -394,7 +378,8 @@ def _check_section(node: Node, section: type[Section], path: str, problems: Prob
         dotted = _join(path, key)
         if key not in fields:
             broken.add(dotted)
-            problems.append((entry.key_place, _unknown_key(key, path, section, entry)))
+            if len(problems) < 10 * MAX_PROBLEMS:  # the rest is not shown, and finding what was meant takes time
+                problems.append((entry.key_place, _unknown_key(key, path, section, entry)))
             continue
         inner = _section_of(fields[key])
         if inner is not None and entry.node.is_mapping():
@@ -499,12 +484,6 @@ def _write_it_at(target: str, key: str, on_command_line: bool) -> str:
     parent, _, last = target.rpartition(".")
     under = f" under {parent}:" if parent else " at the top level"
     return f"write it{under}" if last == key else f"write `{last}`{under}"
-
-
-def _is_field(dotted: str) -> bool:
-    """True for `train`, `train.max_steps`, `model.config.hidden_size`; false for a file or a host."""
-    known = _all_fields()
-    return dotted in known or dotted.startswith("model.config.") or re.sub(r"(\.|\[)\d+\]?\Z", "", dotted) in known
 
 
 @cache
@@ -613,7 +592,7 @@ def _value_hint(dotted: str, node: Node, words: str, info: FieldInfo) -> str | N
             return f"did you mean {near}?"
     if isinstance(value, float) and "whole number" in words and math.isfinite(value) and value == int(value):
         return f"write {int(value)}"
-    if isinstance(value, (int, float)) and words == "a text" and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and words.startswith(("a text", "a name")) and not isinstance(value, bool):
         return f'put it in quotes: {last}: "{value}"'
     if isinstance(value, int) and not isinstance(value, bool) and words.startswith("a list"):
         return f"write a list: {last}: [{value}]"
