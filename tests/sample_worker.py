@@ -22,7 +22,7 @@ def main() -> int:
     action = behaviours.get(str(rank), "wait")
     print(f"rank {rank} of {os.environ['WORLD_SIZE']} does: {action}", flush=True)
     (run / "logs" / f"seen-{rank}.json").write_text(
-        json.dumps({"argv": sys.argv[1:], "environment": dict(os.environ), "pid": os.getpid()}, ensure_ascii=False),
+        json.dumps({"argv": sys.argv[1:], "weird": os.environ.get("WEIRD"), "pid": os.getpid()}, ensure_ascii=False),
         encoding="utf-8",
         errors="surrogateescape",
     )

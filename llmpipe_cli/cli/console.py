@@ -112,6 +112,18 @@ def preparation() -> Iterator[Callable[[str, int, int | None], None]]:
         yield update
 
 
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Says what a few seconds of silence are spent on: a spinner on a terminal, a line elsewhere."""
+    console = stderr()
+    if console.is_terminal and not console.no_color and not console.is_dumb_terminal:
+        with console.status(what, spinner_style="cyan"):
+            yield
+    else:
+        say(what)
+        yield
+
+
 class _PlainPreparation:
     def __init__(self) -> None:
         self._what = ""

@@ -148,9 +148,9 @@ def plan_job(
         UsageError: recipe, model and data do not fit each other.
         PreflightError: too few devices.
     """
-    from llmpipe_cli.plan.resolve import make_plan
+    with places(loaded), console.working("planning"):
+        from llmpipe_cli.plan.resolve import make_plan
 
-    with places(loaded):
         return make_plan(
             recipe,
             data,
@@ -206,11 +206,11 @@ def run_plan(plan: Plan, loaded: LoadedRecipe | None, output_dir: Path, options:
     run.write_controller()
     progress = _progress(plan, run)
     with StopSignals() as signals:
-        outcome = _watch(launcher.start(_spec(plan, run, options)), run, progress, signals)
-    return _conclude(run, outcome, progress)
+        outcome = watch(launcher.start(_spec(plan, run, options)), run, progress, signals)
+    return conclude(run, outcome, progress)
 
 
-def _watch(job: Job, run: RunDirectory, progress: Progress, signals: StopSignals) -> Outcome:
+def watch(job: Job, run: RunDirectory, progress: Progress, signals: StopSignals) -> Outcome:
     """Show the job and pass on requests to stop until all its processes are gone."""
     from llmpipe_cli.report.live import make_view
 
@@ -239,7 +239,7 @@ def _watch(job: Job, run: RunDirectory, progress: Progress, signals: StopSignals
         view.stop()
 
 
-def _conclude(run: RunDirectory, outcome: Outcome, progress: Progress) -> Finished:
+def conclude(run: RunDirectory, outcome: Outcome, progress: Progress) -> Finished:
     """Write how the run ended; raise what went wrong."""
     error = outcome.error
     if error is not None:

@@ -29,10 +29,11 @@ def draw(line: Points, marks: Points, width: int, height: int, *, line_style: st
         mark_style: rich style of the marks.
     """
     low, high = _range([y for _, y in [*line, *marks]])
-    labels = [_label(high), _label((low + high) / 2), _label(low)]
+    labels = [_label(value, high - low) for value in (high, (low + high) / 2, low)]
     margin = max(len(label) for label in labels) + 2
     columns = max(8, width - margin)
-    first, last = (line[0][0], line[-1][0]) if line else (0.0, 1.0)
+    steps = [x for x, _ in [*line, *marks]] or [0.0]
+    first, last = min(steps), max(steps)
     canvas = _Canvas(columns, height, (first, max(last, first + 1)), (low, high))
     canvas.draw_line(_thin(line, columns * 2))
     canvas.draw_marks(marks)
@@ -108,11 +109,12 @@ def _range(values: list[float]) -> tuple[float, float]:
     if not values:
         return 0.0, 1.0
     low, high = min(values), max(values)
-    if math.isclose(low, high):
-        pad = max(abs(low) * 0.05, 0.05)
-        return low - pad, high + pad
-    return low, high
+    # Less than a hundredth of the loss would draw nothing but rounding.
+    missing = max(abs(high) * 0.01, 1e-6) - (high - low)
+    return (low - missing / 2, high + missing / 2) if missing > 0 else (low, high)
 
 
-def _label(value: float) -> str:
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+def _label(value: float, span: float) -> str:
+    """As many digits as tell three labels apart that are `span` / 2 away from each other."""
+    digits = max(1 if abs(value) >= 10 else 2, math.ceil(-math.log10(span)) + 1)
+    return f"{value:.{digits}f}"
