@@ -32,6 +32,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	$(BIN)/llmpipe train recipes/demo.yaml
+	$(BIN)/llmpipe evaluate recipes/demo.yaml
+	$(BIN)/llmpipe generate demo --prompt "def __init__(self" --max-new-tokens 64
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TESTS)

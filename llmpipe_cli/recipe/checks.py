@@ -18,12 +18,12 @@ from llmpipe_cli.recipe.schema import DataSource, Recipe, TrainedTokenizer
 
 LANGUAGE_MODELLING = ("causal-lm", "masked-lm")
 METRICS: dict[str, tuple[str, ...]] = {
-    "causal-lm": ("loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"),
+    "causal-lm": ("loss", "perplexity"),
     "masked-lm": ("loss", "perplexity"),
     "classification": ("loss", "accuracy", "precision_macro", "recall_macro", "f1_macro", "f1_micro"),
-    "translation": ("loss", "bleu", "chrf"),
+    "translation": ("loss", "perplexity"),
 }
-"""Validation metrics of each task, as `evaluate` reports them."""
+"""Validation metrics that a training watches. `evaluate` reports more: those need passes of their own."""
 
 NOT_YET_TASKS = ("chat", "question-answering", "token-classification")
 SCHEDULES = ("auto", "1f1b", "gpipe")
@@ -284,11 +284,8 @@ def _precision(context: _Context) -> Iterator[Finding]:
         message = f"adafactor does not work with {reason}: its row and column statistics cannot be cut into flat slices"
         yield Finding(("train.optimizer", "parallel.zero_stage", "model.dtype"), message, "write optimizer: adamw")
     wire = recipe.parallel.wire_dtype
-    if wire == "fp32" and dtype != "fp32":
-        message = f"sending fp32 between stages that compute in {dtype} doubles the traffic and adds no digit"
-        yield Finding(("parallel.wire_dtype", "model.dtype"), message, "write wire_dtype: auto")
-    if wire == "bf16" and dtype == "fp16":
-        message = "sending the fp16 activations of a model as bf16 loses digits and saves no traffic"
+    if wire not in ("auto", dtype):
+        message = f"sending {wire} between stages that compute in {dtype} is not available in this version"
         yield Finding(("parallel.wire_dtype", "model.dtype"), message, "write wire_dtype: auto")
 
 
@@ -310,8 +307,8 @@ def _evaluation(context: _Context) -> Iterator[Finding]:
         metrics = METRICS.get(recipe.task, ())
         if metrics and metric not in metrics:
             near = nearest(metric.removeprefix("eval_"), metrics)
-            hint = f"did you mean {near}?" if near else f"its metrics are {', '.join(metrics)}"
-            yield Finding((metric_path, "task"), f"the task {recipe.task} has no metric `{metric}`", hint)
+            hint = f"did you mean {near}?" if near else f"write one of {', '.join(metrics)}"
+            yield Finding((metric_path, "task"), f"a {recipe.task} training watches no metric `{metric}`", hint)
     if len({metric for _, _, metric in wanted}) > 1:
         message = f"`keep_best` ({wanted[1][2]}) and `early_stopping` ({wanted[0][2]}) have to watch the same metric"
         hint = f"write metric: {wanted[1][2]} under early_stopping:"
@@ -364,6 +361,10 @@ def _without_effect(context: _Context) -> Iterator[Finding]:
     for field, used_by, is_used in rules:
         if not is_used and context.given(f"train.{field}"):
             yield Finding((f"train.{field}",), f"`{field}` has no effect: it is for {used_by}", None, is_warning=True)
+    if context.recipe.report_to:
+        message = f"`report_to: {context.recipe.report_to[0]}` has no effect in this version"
+        hint = "metrics.jsonl in the run directory has every step; llmpipe runs report draws it"
+        yield Finding(("report_to",), message, hint, is_warning=True)
 
 
 _CHECKS: tuple[Callable[[_Context], Iterator[Finding]], ...] = (
