@@ -78,7 +78,7 @@ def show(name: NameArgument) -> None:
 
     text = _read(find_recipe(name)[0])
     if console.stdout().is_terminal:
-        console.stdout().print(Syntax(text, "yaml", theme="ansi_dark", background_color="default"))
+        console.stdout().print(Syntax(text, "yaml", theme="ansi_dark", background_color="default", word_wrap=True))
     else:
         sys.stdout.write(text)
 
