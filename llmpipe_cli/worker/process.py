@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
 
 import deepspeed
-import deepspeed.comm.torch
 import torch
 import torch.distributed as dist
 import transformers
@@ -68,7 +68,8 @@ def join(run: RunDirectory, stop: StopFlag) -> Context:
         torch.cuda.set_device(device)
     else:
         # DeepSpeed would compile a C++ extension (40 s) for a shared-memory all-reduce that pipelines never call.
-        deepspeed.comm.torch.build_shm_op = lambda: None
+        # (`deepspeed.comm.torch` as an attribute is torch itself.)
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     backend = "nccl" if use_cuda else "gloo"
     deepspeed.init_distributed(
