@@ -47,9 +47,9 @@ class Job:
                 values[section] = value
         return Recipe.model_validate(values)
 
-    def plan(self, *, checkpoint: Path | None = None, job: str = "train", **changes: Any) -> Plan:
+    def plan(self, *, resume: Path | None = None, job: str = "train", **changes: Any) -> Plan:
         recipe = self.recipe(**changes)
-        return make_plan(recipe, self.data, job=job, device="cpu", num_devices=4, checkpoint=checkpoint)
+        return make_plan(recipe, self.data, job=job, device="cpu", num_devices=4, checkpoint=resume)
 
     def start(self, plan: Plan) -> RunDirectory:
         """A run directory that is ready for the ranks."""
@@ -57,9 +57,9 @@ class Job:
         plan.save(run.plan)
         return run
 
-    def train(self, pool: Any, *, checkpoint: Path | None = None, **changes: Any) -> RunDirectory:
+    def train(self, pool: Any, *, resume: Path | None = None, **changes: Any) -> RunDirectory:
         """Train on real ranks; fails unless all of them end well."""
-        plan = self.plan(checkpoint=checkpoint, **changes)
+        plan = self.plan(resume=resume, **changes)
         run = self.start(plan)
         pool.run_well(run, plan.layout.num_ranks)
         return run
