@@ -18,6 +18,7 @@ def metrics_lines(
     for step in range(first, num_steps + 1):
         noise = random.Random(step)
         smooth = 4.1 + 4.9 * math.exp(-step / 60)
+        loss = smooth + noise.gauss(0, 0.06)
         seconds = 2.1 + 0.1 * noise.random()
         stages = []
         for stage in range(num_stages):
@@ -28,7 +29,7 @@ def metrics_lines(
         lines.append(
             {
                 "step": step,
-                "loss": smooth + noise.gauss(0, 0.06),
+                "loss": loss,
                 "num_target_tokens": 4080,
                 "learning_rate": 3e-4 * min(1.0, step / 20),
                 "grad_norm": 0.9 + 0.2 * noise.random(),
@@ -41,8 +42,8 @@ def metrics_lines(
             }
         )
         if step % evaluate_every == 0:
-            loss = smooth + 0.05
-            lines.append({"event": "evaluation", "step": step, "metrics": {"loss": loss, "perplexity": math.exp(loss)}})
+            metrics = {"loss": smooth + 0.05, "perplexity": math.exp(smooth + 0.05)}
+            lines.append({"event": "evaluation", "step": step, "metrics": metrics})
             path = f"checkpoints/step-{step:08d}"
             lines.append({"event": "checkpoint", "step": step, "path": path, "seconds": 1.24})
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -91,6 +92,14 @@ def generate(
         raise typer.Exit(finished.exit_code)
 
 
+def _name(model: Path | str) -> str:
+    """A run's name for jobs with this model: that of the run that made it, or of the model itself."""
+    if isinstance(model, Path) and model.parent.name == "checkpoints":
+        return RunDirectory(model.parent.parent).recipe_name
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).lstrip("._-")
+    return name[:80] or "model"
+
+
 def _recipe(model: Path | str, dtype: str, stages: int | None) -> Any:
     """The smallest recipe that says what to load and how to split it."""
     from llmpipe_cli.recipe.schema import Recipe
@@ -99,7 +108,7 @@ def _recipe(model: Path | str, dtype: str, stages: int | None) -> Any:
         raise UsageError(f"'{dtype}' is not a number format", where="--dtype", hint="write fp32, bf16 or fp16")
     return Recipe.model_validate(
         {
-            "name": "generate",
+            "name": _name(model),
             "model": {"from": str(model), "dtype": dtype},
             "parallel": {"pipeline": stages or "auto", "tensor": 1, "data": 1},
         }

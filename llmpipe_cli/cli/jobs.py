@@ -194,6 +194,8 @@ def run_plan(plan: Plan, loaded: LoadedRecipe | None, output_dir: Path, options:
     Raises:
         LlmpipeError: a rank, the node or the launcher failed; the run's status is written.
     """
+    from llmpipe_cli.report.tables import progress_of
+
     launcher = make_launcher(options.launcher)
     if options.dry_run:
         _print_dry_run(plan, launcher, output_dir, options)
@@ -204,7 +206,7 @@ def run_plan(plan: Plan, loaded: LoadedRecipe | None, output_dir: Path, options:
         _write_lock(run, plan)
     plan.save(run.plan)
     run.write_controller()
-    progress = _progress(plan, run)
+    progress = progress_of(run)
     with StopSignals() as signals:
         outcome = watch(launcher.start(_spec(plan, run, options)), run, progress, signals)
     return conclude(run, outcome, progress)
@@ -266,15 +268,6 @@ def _spec(plan: Plan, run: RunDirectory, options: LaunchOptions) -> LaunchSpec:
         grace_seconds=options.grace_seconds,
         environment=options.environment,
     )
-
-
-def _progress(plan: Plan, run: RunDirectory) -> Progress:
-    from llmpipe_cli.report import formats
-    from llmpipe_cli.report.progress import Progress
-
-    words = [plan.recipe["task"], plan.model_type, formats.layout(plan.layout.model_dump()), plan.device]
-    max_steps = plan.training.max_steps if plan.training and plan.job == "train" else None
-    return Progress(run.name, " · ".join(words), max_steps)
 
 
 def _print_dry_run(plan: Plan, launcher: Launcher, output_dir: Path, options: LaunchOptions) -> None:

@@ -55,6 +55,10 @@ def find_checkpoint(what: str, output_dir: Path) -> Path:
         run = RunDirectory.find(what, output_dir)
     except UsageError:
         raise CheckpointError("there is no checkpoint and no run of this name", where=what, hint=_HINT) from None
+    if run.latest_checkpoint() is None and what in (run.recipe_name, "latest"):
+        # A recipe's newest run may have failed before it saved anything.
+        named = [other for other in list_runs(output_dir) if what in (other.recipe_name, "latest")]
+        run = next((other for other in reversed(named) if other.latest_checkpoint() is not None), run)
     return _newest(run.checkpoints)
 
 

@@ -44,8 +44,8 @@ def draw(line: Points, marks: Points, width: int, height: int, *, line_style: st
     rows = []
     for row in range(height):
         label = label_rows.get(row, "")
-        text = Text(f"{label:>{margin - 2}} {'┤' if label else '│'}", style="dim")
-        rows.append(text + canvas.row(row, line_style, mark_style))
+        axis = Text.assemble((f"{label:>{margin - 2}} {'┤' if label else '│'}", "dim"))
+        rows.append(axis + canvas.row(row, line_style, mark_style))
     rows.append(Text(" " * (margin - 1) + "└" + "─" * columns, style="dim"))
     start, end = f"{first:.0f}", f"step {max(last, first):.0f}"
     rows.append(Text(" " * margin + start + end.rjust(columns - len(start)), style="dim"))
@@ -68,8 +68,9 @@ class _Canvas:
         for point in points:
             column, row = self._dot(point)
             for x in (column, column ^ 1):
-                cell = (row // 4, x // 2)
-                self._marks[cell] = self._marks.get(cell, 0) | _DOT_BITS[x % 2][row % 4]
+                for y in (row, row ^ 1):
+                    cell = (y // 4, x // 2)
+                    self._marks[cell] = self._marks.get(cell, 0) | _DOT_BITS[x % 2][y % 4]
 
     def row(self, row: int, line_style: str, mark_style: str) -> Text:
         text = Text()

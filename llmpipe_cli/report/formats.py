@@ -64,6 +64,11 @@ def metric(name: str, value: float) -> str:
     return loss(value) if "loss" in name else f"{value:.4f}"
 
 
+def precise(name: str, value: float) -> str:
+    """A metric as the result of a job, with six significant digits where they mean something."""
+    return f"{value:,.0f}" if abs(value) >= 1e6 else f"{value:.6g}" if "perplexity" in name else f"{value:.6f}"
+
+
 def percent(share: float | None) -> str:
     """`81%`."""
     return "–" if share is None or not math.isfinite(share) else f"{100 * share:.0f}%"

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -22,6 +21,7 @@ from llmpipe_cli.report import curve, formats
 from llmpipe_cli.report.progress import Progress, StageUse
 
 ACCENT = "cyan"
+LINE = "bold bright_cyan"
 VALIDATION = "bold magenta"
 BUSY = "green"
 WAITING = "yellow"
@@ -117,7 +117,9 @@ class PlainView:
                 first = len(self._progress.steps) == 1
                 if first or time.monotonic() - self._written >= _PLAIN_SECONDS:
                     self._flush()
-            elif (text := _event_line(line)) is not None:
+            elif line["event"] in ("progress", "token"):
+                self._say_progress()
+            elif self._progress.job == "train" and (text := _event_line(line)) is not None:
                 self._flush()
                 self.say(text)
 
@@ -126,6 +128,12 @@ class PlainView:
 
     def tick(self) -> None:
         """Nothing to redraw."""
+
+    def _say_progress(self) -> None:
+        now, progress = time.monotonic(), self._progress
+        if now - self._written >= _PLAIN_SECONDS:
+            self._written = now
+            self.say(f"{progress.phase}: {progress.done:,} of {progress.total or 0:,}")
 
     def _flush(self) -> None:
         if self._pending is not None and "loss" in self._pending:
@@ -156,11 +164,15 @@ def render(progress: Progress, width: int, height: int) -> RenderableType:
                 progress.validation_points(),
                 width,
                 curve_rows,
-                line_style=ACCENT,
+                line_style=LINE,
                 mark_style=VALIDATION,
             ),
         ]
-    return _indented([*head, *body, *([Text()] if stage_rows else []), *stage_rows, *tail])
+    if stage_rows:
+        body += [Text(), *stage_rows]
+    if tail and len(head) + len(body) + len(tail) < height:
+        body.append(Text())
+    return _indented([*head, *body, *tail])
 
 
 def export_svg(progress: Progress, path: Path, width: int = 100) -> None:
@@ -169,7 +181,7 @@ def export_svg(progress: Progress, path: Path, width: int = 100) -> None:
     with Path("/dev/null").open("w", encoding="utf-8") as nowhere:
         console = Console(record=True, width=width, file=nowhere, force_terminal=True, color_system="truecolor")
         console.print(rendered)
-        path.write_text(console.export_svg(title=f"llmpipe train · {progress.title}"), encoding="utf-8")
+        path.write_text(console.export_svg(title=f"llmpipe {progress.job}"), encoding="utf-8")
 
 
 def _indented(rows: list[Text]) -> RenderableType:
@@ -196,7 +208,7 @@ def _bar(progress: Progress, width: int) -> list[Text]:
     else:
         left = Text(f"{progress.phase} ")
         right = Text(f" {formats.percent(progress.fraction):>4}")
-    length = max(4, width - cell_len(left.plain) - cell_len(right.plain))
+    length = max(4, width - left.cell_len - right.cell_len)
     filled = round(progress.fraction * length)
     return [left + Text("━" * filled, style=ACCENT) + Text("━" * (length - filled), style="bright_black") + right]
 
@@ -213,14 +225,15 @@ def _numbers(progress: Progress, width: int) -> list[Text]:
         pairs.insert(1, ("aux loss", formats.loss(last["aux_loss"])))
     if last.get("epoch") is not None and width >= 90:
         pairs.append(("epoch", f"{last['epoch']:.2f}"))
-    column = width // len(pairs)
-    text = Text()
-    for index, (name, value) in enumerate(pairs):
-        cell = Text.assemble((name, "dim"), " ", (value, f"bold {ACCENT}" if index == 0 else "bold"))
-        cell.append(" " * max(2, column - cell_len(cell.plain)))
-        text += cell
-    text.rstrip()
-    return [text]
+    cells = [
+        Text.assemble((name, "dim"), " ", (value, f"bold {ACCENT}" if index == 0 else "bold"))
+        for index, (name, value) in enumerate(pairs)
+    ]
+    while len(cells) > 1 and sum(cell.cell_len + 2 for cell in cells) - 2 > width:
+        cells.pop()
+    spare = width - sum(cell.cell_len for cell in cells)
+    gap = min(9, spare // max(1, len(cells) - 1))
+    return [Text(" " * gap).join(cells)]
 
 
 def _stage_rows(stages: list[StageUse], width: int, limit: int) -> list[Text]:
@@ -250,14 +263,14 @@ def _stage_row(name: str, stage: StageUse, width: int) -> Text:
         f"{formats.memory(stage.memory_bytes):>9}",
     )
     left = Text(f"{name} ")
-    length = max(4, width - cell_len(left.plain) - cell_len(right.plain))
+    length = max(4, width - left.cell_len - right.cell_len)
     busy = round(stage.busy * length)
     return left + Text("█" * busy, style=BUSY) + Text("░" * (length - busy), style=WAITING) + right
 
 
 def _footer(progress: Progress) -> list[Text]:
     rows = []
-    if progress.evaluations:
+    if progress.evaluations and progress.job == "train":
         rows.append(_evaluation_row(progress.evaluations[-1]))
     if progress.checkpoint:
         rows.append(_checkpoint_row(progress.checkpoint))
@@ -281,7 +294,7 @@ def _checkpoint_row(line: dict[str, Any]) -> Text:
 
 def _spread(left: Text, right: Text, width: int) -> Text:
     """`left` at the left and `right` at the right edge; `right` is left out where there is no room."""
-    gap = width - cell_len(left.plain) - cell_len(right.plain)
+    gap = width - left.cell_len - right.cell_len
     return left + Text(" " * gap) + right if gap >= 2 else left
 
 

@@ -62,15 +62,17 @@ def plot_loss(histories: Sequence[History], path: Path) -> Path:
         else:
             figure, top = plt.subplots(figsize=(9, 5), layout="constrained")
             bottom = top
+        names = [_short_name(history) for history in histories]
         for other, color in zip(others, _cycle(_OTHER_COLORS, len(others)), strict=True):
-            _draw_other(top, other, color)
+            name = _short_name(other) if names.count(_short_name(other)) == 1 else other.label
+            _draw_other(top, other, name, color)
         _draw_parts(top, main)
         _draw_validation(top, main)
         top.set_ylabel("loss (nats per token)")
         top.grid(axis="y", color=_GRID)
         top.set_axisbelow(True)
         bottom.set_xlabel("step")
-        top.legend(frameon=False, loc="upper right")
+        top.legend(loc="upper right", framealpha=1.0, edgecolor="none", facecolor="white")
         top.set_title(_title(main), loc="left", fontweight="bold", pad=26 if len(main.parts) > 1 else 10)
         top.margins(x=0.01)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +107,7 @@ def _draw_parts(axes: Axes, history: History) -> None:
             )
         _draw_line(axes, mine, color, label)
     if several:
-        axes.plot([], [], color=_PART_COLORS[0], linewidth=1.8, label=f"{history.label}, resumed on other layouts")
+        axes.plot([], [], color=_PART_COLORS[0], linewidth=1.8, label=_resumed(history))
 
 
 def _draw_line(axes: Axes, points: list[Point], color: str, label: str | None) -> None:
@@ -117,10 +119,10 @@ def _draw_line(axes: Axes, points: list[Point], color: str, label: str | None) -
     axes.plot(steps, _smooth(losses), color=color, linewidth=1.8, label=label)
 
 
-def _draw_other(axes: Axes, history: History, color: str) -> None:
+def _draw_other(axes: Axes, history: History, name: str, color: str) -> None:
     steps, losses = zip(*history.train, strict=True)
     layout = f" ({history.parts[-1].layout})" if history.parts else ""
-    axes.plot(steps, losses, color=color, linewidth=6, solid_capstyle="round", label=f"{history.label}{layout}")
+    axes.plot(steps, losses, color=color, linewidth=6, solid_capstyle="round", label=f"{name}{layout}")
 
 
 def _draw_validation(axes: Axes, history: History) -> None:
@@ -147,13 +149,25 @@ def _differences(one: History, other: History) -> list[Point]:
     return points if len(points) >= 2 else []
 
 
-def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Exponential mean, corrected for its start."""
-    smoothed, mean = [], 0.0
-    for index, value in enumerate(values, start=1):
-        mean = weight * mean + (1 - weight) * value
-        smoothed.append(mean / (1 - weight**index))
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Mean of each value and its neighbours within 1 % of the curve to both sides: it neither lags nor leads."""
+    reach = max(5, len(values) // 100)
+    smoothed = []
+    for index in range(len(values)):
+        near = min(reach, index, len(values) - 1 - index)
+        window = values[index - near : index + near + 1]
+        smoothed.append(sum(window) / len(window))
     return smoothed
+
+
+def _resumed(history: History) -> str:
+    times = len(history.parts) - 1
+    on_others = " on other layouts" if len({part.layout for part in history.parts}) > 1 else ""
+    return f"{_short_name(history)}, resumed {times} time{'s' if times > 1 else ''}{on_others}"
+
+
+def _short_name(history: History) -> str:
+    return history.parts[0].run.recipe_name if history.parts else history.label
 
 
 def _cycle(colors: Sequence[str], length: int) -> list[str]:
@@ -161,5 +175,5 @@ def _cycle(colors: Sequence[str], length: int) -> list[str]:
 
 
 def _title(history: History) -> str:
-    name = history.parts[0].run.recipe_name if history.parts else history.label
-    return f"{name}: {history.train[0][1]:.2f} to {history.train[-1][1]:.2f} in {int(history.train[-1][0]):,} steps"
+    (_, first), (steps, last) = history.train[0], history.train[-1]
+    return f"{_short_name(history)}: {first:.2f} to {last:.2f} in {int(steps):,} steps"

@@ -31,11 +31,13 @@ class Progress:
         title: the run's name.
         subtitle: a few words on what runs where.
         max_steps: steps of the whole job; None until known.
+        job: train, evaluate or generate.
     """
 
     title: str
     subtitle: str = ""
     max_steps: int | None = None
+    job: str = "train"
     phase: str = "starting the ranks"
     steps: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)

@@ -43,7 +43,7 @@ def evaluation_table(result: dict[str, Any]) -> RenderableType:
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in result["metrics"].items():
-        table.add_row(name, formats.metric(name, value) if isinstance(value, float) else str(value))
+        table.add_row(name, formats.precise(name, value) if isinstance(value, float) else str(value))
     parts = [str(result["task"])]
     if result.get("num_samples") is not None:
         parts.append(f"{result['num_samples']:,} samples")

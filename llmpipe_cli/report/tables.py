@@ -24,8 +24,9 @@ def progress_of(run: RunDirectory) -> Progress:
         formats.layout(plan["layout"]) if plan.get("layout") else None,
         plan.get("device"),
     ]
-    max_steps = (plan.get("training") or {}).get("max_steps") if plan.get("job", "train") == "train" else None
-    return Progress(run.name, " · ".join(str(word) for word in words if word), max_steps)
+    job = plan.get("job", "train")
+    max_steps = (plan.get("training") or {}).get("max_steps") if job == "train" else None
+    return Progress(run.name, " · ".join(str(word) for word in words if word), max_steps, job)
 
 
 def describe_run(run: RunDirectory) -> dict[str, Any]:

@@ -1,0 +1,143 @@
+"""Help answers at once: nothing heavy is imported for it. And what the command line promises about its errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "transformers", "deepspeed", "datasets", "numpy", "matplotlib", "tokenizers", "ruamel.yaml")
+COMMANDS = [
+    [],
+    ["train"],
+    ["pretrain"],
+    ["finetune"],
+    ["evaluate"],
+    ["generate"],
+    ["recipes"],
+    ["recipes", "validate"],
+    ["runs"],
+    ["runs", "ls"],
+    ["runs", "show"],
+    ["runs", "logs"],
+    ["runs", "report"],
+]
+
+ALL_HELP = """
+import json, sys
+from llmpipe_cli.cli.app import app
+loaded = {}
+for command in json.loads(sys.argv[1]):
+    try:
+        app([*command, "--help"])
+    except SystemExit as ended:
+        assert not ended.code, (command, ended.code)
+    loaded[" ".join(command)] = sorted(set(json.loads(sys.argv[2])) & set(sys.modules))
+print("LOADED" + json.dumps(loaded))
+"""
+
+
+def llmpipe(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from llmpipe_cli.cli.app import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, cwd=cwd
+    )
+
+
+def test_help_of_every_command_imports_nothing_heavy() -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", ALL_HELP, json.dumps(COMMANDS), json.dumps(HEAVY)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    loaded = json.loads(process.stdout.rpartition("LOADED")[2])
+    assert loaded == {" ".join(command): [] for command in COMMANDS}
+    assert "Train language models with pipeline parallelism" in process.stdout
+    assert "--grace-seconds" in process.stdout
+
+
+def test_main_help_does_not_import_pydantic() -> None:
+    code = "import sys; from llmpipe_cli.cli.app import app; app(['--help'], standalone_mode=False); "
+    code += "sys.exit('pydantic' in sys.modules)"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert process.returncode == 0
+    assert "finetune" in process.stdout
+
+
+def test_version() -> None:
+    from llmpipe_cli import __version__
+
+    process = llmpipe("--version")
+    assert (process.returncode, process.stdout) == (0, f"llmpipe {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "words"),
+    [
+        (["train", "missing.yaml"], 2, ["missing.yaml"]),
+        (["train", "r.yaml", "--set", "train.max_stepz=3"], 2, ["max_stepz", "max_steps"]),
+        (["train", "r.yaml", "--launcher", "slurm"], 2, ["'slurm' is not available", "--launcher local"]),
+        (["train", "r.yaml", "--launcher", "bogus"], 2, ["'bogus' is not a launcher"]),
+        (["train", "r.yaml", "--env", "NOT_SET_ANYWHERE"], 2, ["NOT_SET_ANYWHERE is not set in this shell"]),
+        (["train", "r.yaml", "--resume", "nowhere"], 6, ["nowhere", "there is no checkpoint"]),
+        (["train", "r.yaml", "--resume", "."], 6, ["there is no whole checkpoint"]),
+        (["train", "r.yaml", "--devices", "0"], 2, ["--devices 0"]),
+        (["train", "r.yaml", "--bogus"], 2, ["No such option"]),
+        (["evaluate", "r.yaml"], 6, ["there is no checkpoint of 'tiny'", "train first"]),
+        (["generate", ".", "-p", "x"], 2, ["there is no config.json in this folder"]),
+        (["generate", "./nothing", "-p", "x"], 6, ["./nothing"]),
+        (["generate", "gpt2"], 2, ["there is nothing to go on from"]),
+        (["runs", "show", "nothing"], 2, ["there is no run 'nothing' in runs"]),
+        (["runs", "logs"], 2, ["there is no run 'latest'"]),
+    ],
+)
+def test_mistakes_end_with_their_exit_code_and_a_hint(
+    arguments: list[str], exit_code: int, words: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "name: tiny\n"
+        "model: {config: {model_type: llama, hidden_size: 32, num_hidden_layers: 2}}\n"
+        "data: {train: {synthetic: true}, validation: {synthetic: true}, sequence_len: 16}\n"
+        "train: {max_steps: 2}\n"
+    )
+    process = llmpipe(*arguments, cwd=tmp_path)
+    assert process.returncode == exit_code, process.stderr
+    assert process.stdout == ""
+    assert "Traceback" not in process.stderr
+    for word in words:
+        assert word in process.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_json_errors_are_one_document(tmp_path: Path) -> None:
+    process = llmpipe("runs", "show", "nothing", "--json", cwd=tmp_path)
+    assert process.returncode == 2
+    document = json.loads(process.stdout)
+    assert document["error"]["exit_code"] == 2
+    assert document["error"]["message"] == "there is no run 'nothing' in runs"
+    assert "error: there is no run" in process.stderr
+
+
+def test_a_fault_of_the_program_is_one_line_and_a_file(tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from llmpipe_cli.cli import app, runs; "
+        "runs.list_runs = lambda folder: 1 / 0; sys.argv = ['llmpipe', 'runs', 'ls']; app.main()"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={"TMPDIR": str(tmp_path)},
+    )
+    assert process.returncode == 1
+    first, second = process.stderr.splitlines()
+    assert first == "this is a fault in llmpipe: ZeroDivisionError: division by zero"
+    assert "division by zero" in Path(second.rpartition(" ")[2]).read_text()

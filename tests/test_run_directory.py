@@ -1,0 +1,185 @@
+"""Run directories: never reused, found again, and honest about how their run stands."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmpipe_cli.cli.jobs import read_environment
+from llmpipe_cli.cli.models import find_checkpoint, find_model, find_resume
+from llmpipe_cli.cluster.devices import local_devices, num_cores
+from llmpipe_cli.cluster.launchers.base import is_secret
+from llmpipe_cli.engine.manifest import file_entry, point, write_manifest
+from llmpipe_cli.errors import CheckpointError, UsageError
+from llmpipe_cli.run import MetricsReader, RunDirectory, list_runs, write_json
+
+
+def test_create_never_overwrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.strftime", lambda _format: "20260102-030405")
+    runs = [RunDirectory.create(tmp_path / "runs", "demo") for _ in range(3)]
+    assert [run.name for run in runs] == ["demo-20260102-030405", "demo-20260102-030405-2", "demo-20260102-030405-3"]
+    assert {run.recipe_name for run in runs} == {"demo"}
+    assert [run.name for run in list_runs(tmp_path / "runs")] == [run.name for run in runs]
+    assert runs[0].path.is_absolute()
+
+
+def test_output_dir_that_cannot_hold_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError) as raised:
+        RunDirectory.create(tmp_path / "file", "demo")
+    assert raised.value.hint == "set `output_dir` to a folder that can be written"
+
+
+def test_find(tmp_path: Path) -> None:
+    made = [RunDirectory.create(tmp_path, name) for name in ("one", "two", "one", "one-two")]
+    assert RunDirectory.find("one", tmp_path) == made[2]
+    assert RunDirectory.find("two", tmp_path) == made[1]
+    assert RunDirectory.find(made[0].name, tmp_path) == made[0]
+    assert RunDirectory.find(str(made[0].path)) == made[0]
+    with pytest.raises(UsageError) as raised:
+        RunDirectory.find("three", tmp_path)
+    assert "one-two" in (raised.value.hint or "")
+
+
+def test_status(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "demo")
+    assert run.status()["state"] == "lost"
+    run.write_controller()
+    assert run.status()["state"] == "running"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    write_json(run.controller_file, {"pid": gone.pid, "host": socket.gethostname(), "ticks": "1"})
+    assert run.status()["state"] == "lost"
+    # A process that got the same number later is not the controller.
+    write_json(run.controller_file, {"pid": os.getpid(), "host": socket.gethostname(), "ticks": "1"})
+    assert run.status()["state"] == "lost"
+    run.write_status("failed", 4, message="why")
+    assert (run.status()["state"], run.status()["exit_code"], run.status()["message"]) == ("failed", 4, "why")
+
+
+def test_metrics_are_read_line_by_line_while_they_grow(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    reader = MetricsReader(path)
+    assert reader.read() == []
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert reader.read() == [{"step": 1}, {"step": 2}]
+    assert reader.read() == []
+    with path.open("a") as file:
+        file.write('ep": 3}\nnot json\n[1]\n{"loss": NaN}\n')
+    lines = reader.read()
+    assert lines[0] == {"step": 3}
+    assert len(lines) == 2
+
+
+def save(run: RunDirectory, step: int) -> Path:
+    """A checkpoint as training leaves it, with a config for weights."""
+    path = run.checkpoint(step)
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"step": step}))
+    write_manifest(path, step, {"config.json": file_entry(path / "config.json")})
+    point(run.checkpoints / "latest", path.name)
+    return path
+
+
+def train_run(folder: Path, name: str = "demo") -> RunDirectory:
+    run = RunDirectory.create(folder, name)
+    write_json(run.plan, {"job": "train"})
+    return run
+
+
+def test_resume_auto_takes_the_newest_run_that_has_a_checkpoint(tmp_path: Path) -> None:
+    assert find_resume("auto", "demo", tmp_path / "none") is None
+    run = train_run(tmp_path)
+    assert find_resume("auto", "demo", tmp_path) is None
+    save(run, 10)
+    newest = save(run, 20)
+    train_run(tmp_path)
+    save(train_run(tmp_path, "other"), 30)
+    evaluation = RunDirectory.create(tmp_path, "demo")
+    write_json(evaluation.plan, {"job": "evaluate"})
+    save(evaluation, 40)
+    assert find_resume("auto", "demo", tmp_path) == newest
+    assert find_resume(str(run.checkpoint(10)), "demo", tmp_path) == run.checkpoint(10)
+    assert find_resume(run.name, "demo", tmp_path) == newest
+    train_run(tmp_path, "other")
+    assert Path(find_model("other", tmp_path)).name == "step-00000030"
+    with pytest.raises(CheckpointError):
+        find_model(train_run(tmp_path, "other").name, tmp_path)
+
+
+def test_broken_latest_falls_back_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train_run(tmp_path)
+    older = save(run, 10)
+    newest = save(run, 20)
+    (run.checkpoints / "latest").unlink()
+    assert find_resume("auto", "demo", tmp_path) == newest
+    point(run.checkpoints / "latest", "step-00000099")
+    assert find_checkpoint(str(run.path), tmp_path) == newest
+    (newest / "config.json").write_text(json.dumps({"step": 21}))
+    assert find_checkpoint(run.name, tmp_path) == older
+    words = capsys.readouterr().err
+    assert "is missing or broken; going on from the newest whole checkpoint, step-00000020" in words
+    assert "going on from an earlier checkpoint" in words
+
+
+def test_flipped_bit_in_a_named_checkpoint(tmp_path: Path) -> None:
+    path = save(train_run(tmp_path), 10)
+    (path / "config.json").write_text(json.dumps({"step": 11}))
+    for find in (find_checkpoint, find_model):
+        with pytest.raises(CheckpointError) as raised:
+            find(str(path), tmp_path)
+        assert raised.value.where == str(path / "config.json")
+
+
+@pytest.mark.parametrize("what", ["nowhere", ".", "/nowhere/at/all"])
+def test_no_silent_restart(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError):
+        find_resume(what, "demo", tmp_path)
+
+
+def test_models_by_name(tmp_path: Path) -> None:
+    assert find_model("gpt2", tmp_path) == "gpt2"
+    assert find_model("org/model", tmp_path) == "org/model"
+    (tmp_path / "config.json").write_text("{}")
+    assert find_model(str(tmp_path), tmp_path) == tmp_path
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError):
+        find_model(str(tmp_path / "empty"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "X_APIKEY"]
+)
+def test_secret_names(name: str) -> None:
+    assert is_secret(name)
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "HF_HOME", "NCCL_DEBUG", "MASTER_PORT", "KEYBOARD"])
+def test_other_names(name: str) -> None:
+    assert not is_secret(name)
+
+
+def test_environment_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FROM_SHELL", "a=b")
+    monkeypatch.delenv("UNSET", raising=False)
+    assert read_environment(["FROM_SHELL", "X=1=2", "EMPTY="]) == {"FROM_SHELL": "a=b", "X": "1=2", "EMPTY": ""}
+    for bad in ("=x", "UNSET", ""):
+        with pytest.raises(UsageError):
+            read_environment([bad])
+
+
+def test_devices_of_a_machine_without_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert (local_devices().kind, local_devices().count) == ("cpu", min(2, num_cores()))
+    many = local_devices(num_cores() + 1)
+    assert many.count == num_cores() + 1
+    assert many.warning is not None
+    with pytest.raises(UsageError):
+        local_devices(0)
