@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.model.skeleton import FIRST_VALUE, protected, responsible_model
@@ -61,8 +62,10 @@ def _initialise_one(model: PreTrainedModel, name: str, seed: int) -> None:
 
 
 def _fall_back(module: nn.Module, parameter: nn.Parameter, first_value: torch.Tensor | None, name: str) -> None:
-    """No rule: take torch's own for its modules, else what the constructor had given."""
-    if hasattr(module, "reset_parameters"):
+    """No rule: take the module's own, else what the constructor had given."""
+    if isinstance(module, Conv1D):  # initialises itself in its constructor, without the model's rules
+        parameter.zero_() if parameter.dim() == 1 else parameter.normal_(std=0.02)
+    elif hasattr(module, "reset_parameters"):
         module.reset_parameters()
     elif first_value is not None:
         parameter.copy_(first_value)

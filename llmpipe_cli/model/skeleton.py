@@ -73,6 +73,10 @@ def _parameters_to_meta() -> Iterator[None]:
 
 def _initialise_buffers(model: PreTrainedModel) -> None:
     """Give buffers the values that transformers' own initialisation computes for them."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:  # made in the likeness of a parameter
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
     with protected(model.parameters()), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for name, module in model.named_modules():

@@ -32,6 +32,7 @@ from llmpipe_cli.model.slicing.structure import Path, describe_result, walk_tens
 logger = logging.getLogger(__name__)
 
 _TRACE_LEN = 16
+_MAX_COUNTED_LEN = 256  # counting operations at greater lengths changes nothing and takes long in recurrent models
 _MAX_REAL_ELEMENTS = 2**25
 
 Edge = tuple[Any, int]
@@ -253,7 +254,7 @@ def trace_config(
     config: PreTrainedConfig,
     task: str,
     *,
-    sequence_len: int = 256,
+    sequence_len: int = 128,
     attn_implementation: str = "auto",
 ) -> SlicePlan:
     """Find the slice plan of a model that is too large to build, from its config.
@@ -265,7 +266,7 @@ def trace_config(
         cls: the model class.
         config: its config.
         task: decides the example inputs.
-        sequence_len: length for which the operation counts are to be exact.
+        sequence_len: length near which operations are counted, 256 at most; other lengths follow from that.
         attn_implementation: as in the recipe; flash attention is traced as sdpa.
 
     Raises:
@@ -288,7 +289,7 @@ def trace_config(
         except Exception as second:
             reason = " ".join(str(second).split())
             raise UsageError(f"the forward of {cls.__name__} fails: {type(second).__name__}: {reason}") from second
-    return _count_operations(model, plan, config, task, min(sequence_len, _max_positions(config)))
+    return _count_operations(model, plan, config, task, min(sequence_len, _MAX_COUNTED_LEN, _max_positions(config)))
 
 
 def _max_positions(config: PreTrainedConfig) -> int:

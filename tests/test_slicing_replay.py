@@ -1,0 +1,230 @@
+"""What a stage keeps besides loss and gradients: dropout over cuts, checkpointing, dtypes, plans as JSON, refusals."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import Outcome, Pipeline, assert_same, run_whole, tiny_config, tiny_inputs, tiny_model
+from transformers import PreTrainedModel
+
+from llmpipe_cli.errors import RankError, UsageError
+from llmpipe_cli.model.auto import example_inputs, model_class
+from llmpipe_cli.model.slicing import SlicePlan, StageReplay, trace, trace_config
+from llmpipe_cli.model.stage import build_stage
+
+
+def make(model_type: str, task: str = "causal-lm", **changes: Any) -> tuple[PreTrainedModel, SlicePlan]:
+    config = tiny_config(model_type, task, **changes)
+    return tiny_model(config, task), trace_config(model_class(config, task), config, task, sequence_len=16)
+
+
+def seeded_run(
+    model: PreTrainedModel, plan: SlicePlan, cuts: list[int], inputs: dict[str, torch.Tensor], mode: str = "none"
+) -> Outcome:
+    pipeline = Pipeline(model, plan, cuts)
+    torch.manual_seed(len(cuts))  # a layout has no say in the draws, whatever the generator's state
+    for stage in pipeline.stages:
+        stage.seed_fn = lambda index: torch.manual_seed(1000 + index)
+        stage.set_checkpointing(mode)  # type: ignore[arg-type]
+    return pipeline.run(inputs)
+
+
+@pytest.mark.parametrize(
+    ("task", "model_type"),
+    [("causal-lm", "gpt2"), ("classification", "bert"), ("translation", "t5"), ("translation", "bart")],
+)
+def test_dropout_is_the_same_for_every_cut(task: str, model_type: str) -> None:
+    model, plan = make(model_type, task, dropout=0.2)
+    inputs = tiny_inputs(task)
+    one_stage = seeded_run(model, plan, [], inputs)
+    for cuts in ([1], [2, 4], list(range(1, plan.num_segments))):
+        assert_same(seeded_run(model, plan, cuts, inputs), one_stage)
+    without = run_whole(model.eval(), inputs)
+    assert abs(float(without.loss - one_stage.loss)) > 1e-4, "dropout was not active"
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize(
+    ("task", "model_type"),
+    [
+        ("causal-lm", "llama"),
+        ("causal-lm", "gpt2"),
+        ("causal-lm", "mixtral"),
+        ("causal-lm", "zamba2"),
+        ("causal-lm", "mamba"),
+        ("classification", "albert"),
+        ("translation", "t5"),
+        ("translation", "bart"),
+    ],
+)
+def test_checkpointing_changes_nothing(task: str, model_type: str, mode: str) -> None:
+    model, plan = make(model_type, task, dropout=0.1)
+    inputs = tiny_inputs(task)
+    for cuts in ([], [2, 4]):
+        assert_same(seeded_run(model, plan, cuts, inputs, mode), seeded_run(model, plan, cuts, inputs))
+
+
+def test_checkpointing_keeps_less() -> None:
+    config = tiny_config("llama")
+    plan = trace_config(model_class(config, "causal-lm"), config, "causal-lm")
+    inputs = tiny_inputs("causal-lm", sequence_len=32)
+    saved = {}
+    for mode in ("none", "selective", "full"):
+        model = build_stage(model_class(config, "causal-lm"), config, plan, 0, 3, seed=0)
+        stage = StageReplay(model, plan, 0, 3)
+        stage.set_checkpointing(mode)  # type: ignore[arg-type]
+        sizes: list[int] = []
+
+        def count(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            if not isinstance(tensor, torch.nn.Parameter):
+                sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            stage(None, inputs)
+        saved[mode] = sum(sizes)
+    assert saved["full"] < 0.5 * saved["none"]
+
+
+def test_bf16_stage_runs() -> None:
+    for model_type in ("llama", "gpt2", "gemma3_text", "mixtral"):
+        config = tiny_config(model_type)
+        cls = model_class(config, "causal-lm")
+        plan = trace_config(cls, config, "causal-lm", sequence_len=16)
+        middle, last = plan.num_segments // 2, plan.num_segments
+        inputs = tiny_inputs("causal-lm")
+        first = build_stage(cls, config, plan, 0, middle, dtype=torch.bfloat16, seed=3)
+        second = build_stage(cls, config, plan, middle, last, dtype=torch.bfloat16, seed=3)
+        whole = build_stage(cls, config, plan, 0, last, dtype=torch.bfloat16, seed=3)
+        carry = StageReplay(first, plan, 0, middle)(None, inputs)
+        assert all(tensor.dtype is torch.bfloat16 for tensor in carry if tensor.is_floating_point())
+        output = StageReplay(second, plan, middle, last)(carry, inputs)
+        assert output.logits.dtype is torch.bfloat16
+        torch.testing.assert_close(output.loss, whole(**inputs, use_cache=False).loss, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("task", "model_type"), [("causal-lm", "llama"), ("masked-lm", "bert")])
+def test_logits_without_labels(task: str, model_type: str) -> None:
+    model, plan = make(model_type, task)
+    model.eval()
+    inputs = tiny_inputs(task, sequence_len=9)
+    del inputs["labels"]
+    with torch.no_grad():
+        expected = model(**inputs)
+    found = Pipeline(model, plan, [1, 3]).forward(inputs)
+    assert found.loss is None
+    assert torch.equal(found.logits, expected.logits)
+
+
+def test_two_stages_may_share_one_model() -> None:
+    model, plan = make("gpt2")
+    inputs = tiny_inputs("causal-lm")
+    first, second = StageReplay(model, plan, 0, 2), StageReplay(model, plan, 2, plan.num_segments)
+    output = second(first(None, inputs), inputs)
+    torch.testing.assert_close(output.loss.detach(), run_whole(model, inputs).loss, rtol=1e-6, atol=0)
+
+
+def test_plan_survives_json() -> None:
+    for task, model_type in (("causal-lm", "gemma3n_text"), ("translation", "t5"), ("classification", "canine")):
+        _, plan = make(model_type, task)
+        assert SlicePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_plan_is_the_same_with_and_without_weights() -> None:
+    for task, model_type in (("causal-lm", "llama"), ("causal-lm", "gemma3n_text"), ("translation", "t5")):
+        model, from_config = make(model_type, task)
+        from_model = trace(model, example_inputs(model.config, task, 2, 16))
+        assert [segment.name for segment in from_model.segments] == [s.name for s in from_config.segments]
+        assert from_model.boundaries == from_config.boundaries
+        assert from_model.owners == from_config.owners
+
+
+def test_segments_and_ties() -> None:
+    _, plan = make("gpt2")
+    assert [segment.kind for segment in plan.segments] == ["pre", "layer", "layer", "layer", "post"]
+    assert plan.owners["transformer.wte.weight"] == [0, 4]
+    assert plan.ties == {"transformer.wte.weight": ("lm_head.weight",)}
+    assert plan.owners["transformer.wpe.weight"] == [0]
+    assert plan.owners["transformer.ln_f.weight"] == [4]
+    _, plan = make("t5", "translation")
+    kinds = [segment.kind for segment in plan.segments]
+    assert kinds == ["pre", "layer", "layer", "layer", "mid", "layer", "layer", "layer", "post"]
+    # the decoder's layers take the hidden states, the encoder's result and the position bias
+    assert plan.num_carried(6) == 3
+
+
+def test_flops_follow_the_sequence() -> None:
+    """A Llama layer: twice the weights of its products a token, and two products of attention a pair of tokens."""
+    config = tiny_config("llama")
+    plan = trace_config(model_class(config, "causal-lm"), config, "causal-lm", sequence_len=64)
+    hidden, inner, keys, length = 32, 48, 16, 100
+    weights = 2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * inner
+    layer = 2 * weights * length + 2 * 2 * length**2 * hidden
+    for found in plan.flops(length, batch=2)[1:-1]:
+        assert found == pytest.approx(2 * layer, rel=1e-6)
+    assert plan.flops(length)[0] == 0
+    assert plan.flops(length)[-1] == pytest.approx(2 * hidden * config.vocab_size * length, rel=1e-6)
+
+
+def test_flops_count_only_chosen_experts() -> None:
+    dense = make("mixtral", num_local_experts=4, num_experts_per_tok=1)[1].flops(64)[1]
+    double = make("mixtral", num_local_experts=4, num_experts_per_tok=2)[1].flops(64)[1]
+    expert = 2 * 3 * 32 * 48 * 64
+    assert double - dense == pytest.approx(expert, rel=1e-6)
+
+
+def test_large_config_is_traced_without_its_size() -> None:
+    """70 billion parameters: tracing knows them all and allocates next to nothing."""
+    import resource
+
+    changes = {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+    }
+    config = tiny_config("llama", **changes)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    plan = trace_config(model_class(config, "causal-lm"), config, "causal-lm", sequence_len=64)
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert sum(segment.num_parameters for segment in plan.segments) == 70553706496
+    assert plan.num_segments == 82
+    assert grown_kib < 2**20, "a gibibyte for a model of 262"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "reason"),
+    [
+        ("reformer", {}, "ReformerOutput"),
+        ("hrm_text", {}, "without gradient"),
+        ("mixtral", {"output_router_logits": True}, "that .* does not return"),
+    ],
+)
+def test_unsliceable_models_are_refused_by_name(model_type: str, changes: dict[str, Any], reason: str) -> None:
+    if model_type == "reformer":
+        changes = {
+            "axial_pos_embds": False,
+            "attn_layers": ["local", "local"],
+            "local_attn_chunk_length": 4,
+            "feed_forward_size": 48,
+            "attention_head_size": 8,
+        }
+    config = tiny_config(model_type, **changes)
+    with pytest.raises(UsageError, match=reason) as caught:
+        trace_config(model_class(config, "causal-lm"), config, "causal-lm")
+    assert f"({model_type})" in caught.value.message
+
+
+def test_another_order_of_layers_is_an_error() -> None:
+    model, plan = make("llama")
+    stage = StageReplay(model, plan, 0, plan.num_segments)
+    layers = model.model.layers
+    layers[0], layers[1] = layers[1], layers[0]
+    with pytest.raises(RankError, match="another order"):
+        stage(None, tiny_inputs("causal-lm"))
