@@ -27,7 +27,18 @@ CLASSIFICATION = [
     "albert", "bert", "canine", "deberta-v2", "distilbert", "electra", "gpt2", "llama", "mobilebert", "modernbert",
     "mpnet", "qwen3", "roberta", "xlm-roberta",
 ]  # fmt: skip
-MASKED_LM = ["albert", "bert", "camembert", "deberta", "distilbert", "electra", "fnet", "modernbert", "mpnet", "roberta"]
+MASKED_LM = [
+    "albert",
+    "bert",
+    "camembert",
+    "deberta",
+    "distilbert",
+    "electra",
+    "fnet",
+    "modernbert",
+    "mpnet",
+    "roberta",
+]
 TRANSLATION = [
     "bart", "bigbird_pegasus", "blenderbot", "led", "longt5", "m2m_100", "marian", "mbart", "mt5", "mvp", "pegasus",
     "plbart", "prophetnet", "t5", "umt5",

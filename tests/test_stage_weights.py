@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from llmpipe_cli.errors import CheckpointError, UsageError
 from llmpipe_cli.model.auto import model_class
 from llmpipe_cli.model.slicing import trace_config
-from llmpipe_cli.model.slicing.trace import forward_options
+from llmpipe_cli.model.slicing.forward import forward_options
 from llmpipe_cli.model.stage import build_stage, saved_names, stage_parameters
 from llmpipe_cli.model.weights import stage_state_dict
 
@@ -68,7 +68,9 @@ def test_from_scratch_through_files_and_back(task: str, model_type: str, tmp_pat
     # opened by transformers
     directory = tmp_path / "stages"
     config.save_pretrained(directory)
-    save_file({name: tensor.contiguous() for name, tensor in found.items()}, directory / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in found.items()}, directory / "model.safetensors", {"format": "pt"}
+    )
     opened = cls.from_pretrained(directory, dtype=torch.float32).eval()
     inputs = tiny_inputs(task)
     options = forward_options(whole, inputs)

@@ -1,12 +1,13 @@
 """Tiny random models of many architectures, and a pipeline of independent stages in one process.
 
-A stage built here holds what a rank would hold: the skeleton on meta with copies of its own parameters only. Values cross
-the boundaries detached and gradients are handed back by hand, as between processes.
+A stage built here holds what a rank would hold: the skeleton on meta with copies of its own parameters only. Values
+cross the boundaries detached and gradients are handed back by hand, as between processes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from llmpipe_cli.model.auto import model_class
 from llmpipe_cli.model.initialise import initialise
 from llmpipe_cli.model.skeleton import all_names, build_skeleton, replace_parameter
 from llmpipe_cli.model.slicing import SlicePlan, StageReplay
-from llmpipe_cli.model.slicing.trace import forward_options
+from llmpipe_cli.model.slicing.forward import forward_options
 from llmpipe_cli.model.stage import make_real, stage_parameters
 
 VOCAB_SIZE = 96
@@ -28,7 +29,15 @@ _INNER = dict.fromkeys(
     ["intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_inner", "d_ff", "dff", "n_inner"], 48
 )
 _LAYERS = dict.fromkeys(
-    ["num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"],
+    [
+        "num_hidden_layers",
+        "n_layer",
+        "num_layers",
+        "n_layers",
+        "encoder_layers",
+        "decoder_layers",
+        "num_decoder_layers",
+    ],
     3,
 )
 _HEADS = dict.fromkeys(
@@ -189,7 +198,7 @@ class Pipeline:
     def __init__(self, model: PreTrainedModel, plan: SlicePlan, cuts: list[int]) -> None:
         self.plan = plan
         bounds = [0, *cuts, plan.num_segments]
-        self.models = [copy_stage(model, plan, start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+        self.models = [copy_stage(model, plan, start, stop) for start, stop in pairwise(bounds)]
         self.stages = [
             StageReplay(stage, plan, start, stop)
             for stage, start, stop in zip(self.models, bounds, bounds[1:], strict=False)

@@ -50,7 +50,7 @@ def _initialise_one(model: PreTrainedModel, name: str, seed: int) -> None:
     first_value = getattr(parameter, FIRST_VALUE, None)
     if parameter.is_floating_point():
         parameter.fill_(float("nan"))  # to see whether a rule has filled it
-    del parameter._is_hf_initialized
+    delattr(parameter, "_is_hf_initialized")
     torch.manual_seed(seed)
     for module_name in _around(name):
         module = model.get_submodule(module_name)
@@ -65,8 +65,8 @@ def _fall_back(module: nn.Module, parameter: nn.Parameter, first_value: torch.Te
     """No rule: take the module's own, else what the constructor had given."""
     if isinstance(module, Conv1D):  # initialises itself in its constructor, without the model's rules
         parameter.zero_() if parameter.dim() == 1 else parameter.normal_(std=0.02)
-    elif hasattr(module, "reset_parameters"):
-        module.reset_parameters()
+    elif callable(reset := getattr(module, "reset_parameters", None)):
+        reset()
     elif first_value is not None:
         parameter.copy_(first_value)
     if bool(parameter.isnan().any()):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ def _parameters_to_meta() -> Iterator[None]:
             setattr(meta, FIRST_VALUE, parameter.detach())
         return meta
 
-    handle = register_module_parameter_registration_hook(to_meta)
+    handle = register_module_parameter_registration_hook(cast("Any", to_meta))
     try:
         yield
     finally:

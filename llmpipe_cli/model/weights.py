@@ -56,7 +56,8 @@ def read_weights(
         if hasattr(model, "_weight_conversions"):
             del model._weight_conversions
         view = _StageView(model, {alias for name in wanted for alias in groups[name]})
-        settings = LoadStateDictConfig(device_map={"": device}, weight_mapping=get_model_conversion_mapping(model))
+        conversions: Any = get_model_conversion_mapping(model)
+        settings = LoadStateDictConfig(device_map={"": device}, weight_mapping=conversions)
         with _no_progress_bar():
             info, _ = convert_and_load_state_dict_in_model(view, stored, settings)  # type: ignore[arg-type]
     # later saves use the current library's names, whatever form these files had
@@ -152,7 +153,7 @@ def _opened(files: list[Path]) -> Iterator[dict[str, Any]]:
         for path in files:
             try:
                 handle = stack.enter_context(safe_open(path, framework="pt"))
-                slices.update({name: handle.get_slice(name) for name in handle.keys()})
+                slices.update({name: handle.get_slice(name) for name in handle.keys()})  # noqa: SIM118 - the handle is no mapping
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"the weights cannot be read: {error}", where=str(path)) from error
         yield slices

@@ -1,8 +1,8 @@
 """Activation checkpointing of single layer calls.
 
 `full` keeps only a layer's inputs and computes the layer again in the backward pass. `selective` also keeps the results
-of matrix products with weights and of fused attention, and computes the rest again: scores, norms, activations, dropout.
-Both restore the random state, so dropout draws the same values again.
+of matrix products with weights and of fused attention, and computes the rest again: scores, norms, activations and
+dropout. Both restore the random state, so dropout draws the same values again.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class Segment:
     """The smallest piece that a stage can consist of."""
 
     name: str
-    """The layer's module name, or "pre" (before the first layer), "mid" (between two stacks), "post" (after the last)."""
+    """The layer's module name, or "pre" (before all layers), "mid" (between two stacks), "post" (after all layers)."""
     kind: SegmentKind
     parameters: tuple[str, ...]
     """Names of the parameters that the segment uses; a tied parameter stands in several segments."""

@@ -1,10 +1,10 @@
 """Watching one forward pass: which parameters each part uses, what depends on parameters, how much is computed.
 
-`Recorder` is a dispatch mode, so it sees every single operation. It works on a model whose parameters are real and on one
-whose parameters are on the meta device. In the second case it lets the two kinds mix: operations that touch a meta tensor
-run on meta, everything that follows from the inputs alone (masks, positions) stays real, so that a model may look into
-its masks although it has no weights. An operation whose result depends on values that are not there (`nonzero`, `item`)
-is given stand-in values: true for masks, zero for the rest.
+`Recorder` is a dispatch mode, so it sees every single operation. It works on a model whose parameters are real and on
+one whose parameters are on the meta device. In the second case it lets the two kinds mix: operations that touch a meta
+tensor run on meta, everything that follows from the inputs alone (masks, positions) stays real, so that a model may
+look into its masks although it has no weights. An operation whose result depends on values that are not there
+(`nonzero`, `item`) is given stand-in values: true for masks, zero for the rest.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Recorder(TorchDispatchMode):
             for leaf in tree_leaves(result):
                 if isinstance(leaf, Tensor):
                     self._derived[_storage_key(leaf)] = leaf.untyped_storage()
-        count = flop_registry.get(func._overloadpacket) or _MORE_COUNTS.get(func._schema.name)
+        count: Any = flop_registry.get(func._overloadpacket) or _MORE_COUNTS.get(func._schema.name)
         if count is not None:
             self.flops[self.place] += count(*args, **kwargs, out_val=result)
         return result
@@ -175,4 +175,3 @@ class PlaceClock:
         """Place in which `node` was made."""
         index = bisect.bisect_right(self._starts, node._sequence_nr()) - 1
         return self._places[max(index, 0)]
-

@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 from llmpipe_cli.errors import RankError
 from llmpipe_cli.model.slicing.checkpointing import CheckpointingMode, layer_runner
 from llmpipe_cli.model.slicing.cuts import find_glue
+from llmpipe_cli.model.slicing.forward import forward_options
 from llmpipe_cli.model.slicing.placeholders import MetaTwin, hide_foreign_parameters
 from llmpipe_cli.model.slicing.plan import SideValue, SlicePlan
 from llmpipe_cli.model.slicing.structure import CallArguments, build_result, get_at, put_at, walk_tensors
-from llmpipe_cli.model.slicing.trace import forward_options
 
 SeedFunction = Callable[[int], None]
 
@@ -125,7 +125,7 @@ class StageReplay:
         calls_of: dict[str, None] = {call.module: None for call in self.plan.calls}
         for name in calls_of:
             module = self.model.get_submodule(name)
-            module.forward = self._wrap_layer(name, module.forward)  # type: ignore[method-assign]
+            module.forward = self._wrap_layer(name, module.forward)
         self._results = [build_result(call.result) for call in self.plan.calls]
         wanted = {side.module for side in self.plan.sides if not side.is_layer}
         glue = find_glue(self.model, self.plan.layers)
@@ -133,7 +133,7 @@ class StageReplay:
             replicated = name in self.plan.replicated_modules
             if name in wanted or (self.start and not replicated):
                 twin = MetaTwin(module) if self.start and not replicated else None
-                module.forward = self._wrap_glue(name, module, module.forward, twin)  # type: ignore[method-assign]
+                module.forward = self._wrap_glue(name, module, module.forward, twin)
         hide_foreign_parameters(self.model, self.plan, self._device())
 
     def _device(self) -> torch.device:

@@ -1,7 +1,7 @@
 """Where tensors sit in the arguments and results of a call, and how to build a result of the same form.
 
-A *path* is a tuple of keys and indices that leads from a nest of tuples, lists and dicts to one tensor. The arguments of
-a call are taken as the nest ``(args, kwargs)``, so ``(0, 2)`` is the third positional argument and
+A *path* is a tuple of keys and indices that leads from a nest of tuples, lists and dicts to one tensor. The arguments
+of a call are taken as the nest ``(args, kwargs)``, so ``(0, 2)`` is the third positional argument and
 ``(1, "position_bias")`` a keyword argument. A *template* is a JSON value that describes a nest without its tensors.
 Addressing single tensors by path keeps the slicer from flattening every argument of every layer at each call.
 """

@@ -1,0 +1,103 @@
+"""Putting the slice plan together from what one forward pass showed."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from llmpipe_cli.model.skeleton import all_names
+from llmpipe_cli.model.slicing.cuts import find_layers
+from llmpipe_cli.model.slicing.forward import ForwardPass
+from llmpipe_cli.model.slicing.plan import LayerCall, Segment, SlicePlan
+from llmpipe_cli.model.slicing.walk import Cut, GraphWalk, cut_segments
+
+
+def assemble_plan(model: PreTrainedModel, seen: ForwardPass) -> SlicePlan:
+    """The slice plan of `model`.
+
+    Raises:
+        UsageError: a segment needs a value that cannot be carried to it.
+    """
+    cuts = cut_segments(seen.calls)
+    segment_of = {place: index for index, cut in enumerate(cuts) for place in cut.places}
+    walker = GraphWalk(model, seen, cuts, segment_of)
+    boundaries = walker.boundaries()
+    owners = {name: {segment_of[place] for place in places} for name, places in seen.recorder.uses.items()}
+    for name, extra in walker.recomputed_with.items():
+        owners[name] |= extra
+
+    unused = _adopt_unused(model, owners, cuts)
+    replicated_modules = _replicated_modules(seen)
+    replicated = []
+    for module in replicated_modules:
+        for name, _ in model.get_submodule(module).named_parameters(prefix=module):
+            if name in owners:
+                replicated.append(name)
+                owners[name] = {min(owners[name])}
+    return SlicePlan(
+        model_type=model.config.model_type,
+        segments=_segments(model, seen, cuts, owners),
+        boundaries=tuple(boundaries),
+        calls=tuple(
+            LayerCall(call.module, segment_of[2 * index + 1], call.result) for index, call in enumerate(seen.calls)
+        ),
+        sides=tuple(walker.sides()),
+        layers=tuple(find_layers(model)),
+        replicated=tuple(replicated),
+        replicated_modules=tuple(replicated_modules),
+        unused=unused,
+        ties={name: names[1:] for name, names in all_names(model).items() if len(names) > 1},
+        buffers=_saved_buffers(model, cuts),
+    )
+
+
+def _segments(
+    model: PreTrainedModel, seen: ForwardPass, cuts: list[Cut], owners: dict[str, set[int]]
+) -> tuple[Segment, ...]:
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    segments = []
+    for index, cut in enumerate(cuts):
+        parameters = tuple(name for name in sizes if index in owners[name])
+        operations = sum(seen.recorder.flops.get(place, 0.0) for place in cut.places)
+        num_parameters = sum(sizes[name] for name in parameters)
+        segments.append(Segment(cut.name, cut.kind, parameters, num_parameters, operations / seen.num_tokens))
+    return tuple(segments)
+
+
+def _replicated_modules(seen: ForwardPass) -> list[str]:
+    """Modules whose results carry no gradient and do not depend on other weights: every stage runs them itself."""
+
+    def constant(name: str) -> bool:
+        results = [value for glue in seen.glue if glue.module == name for value in glue.results]
+        return bool(results) and all(value.edge is None and not value.derived for value in results)
+
+    return sorted(name for name in {glue.module for glue in seen.glue} if constant(name))
+
+
+def _adopt_unused(model: PreTrainedModel, owners: dict[str, set[int]], cuts: list[Cut]) -> tuple[str, ...]:
+    """Give every parameter that the pass did not use a segment, so that some stage keeps and saves it.
+
+    A parameter in a layer goes with its layer (an expert that no token chose); any other is truly unused, goes with the
+    first segment, and is named in the result.
+    """
+    unused = []
+    for name, _ in model.named_parameters():
+        if name in owners:
+            continue
+        own_layer = {i for i, cut in enumerate(cuts) if cut.kind == "layer" and name.startswith(f"{cut.name}.")}
+        if own_layer:
+            owners[name] = own_layer
+        else:
+            owners[name] = {0}
+            unused.append(name)
+    return tuple(unused)
+
+
+def _saved_buffers(model: PreTrainedModel, cuts: list[Cut]) -> dict[str, int]:
+    """Segment of every persistent buffer: its layer's, or the first."""
+    saved = set(model.state_dict())
+    segments: dict[str, int] = {}
+    for name, _ in model.named_buffers():
+        if name in saved:
+            layers = [i for i, cut in enumerate(cuts) if cut.kind == "layer" and name.startswith(f"{cut.name}.")]
+            segments[name] = min(layers, default=0)
+    return segments

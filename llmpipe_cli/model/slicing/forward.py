@@ -1,0 +1,197 @@
+"""One forward pass of a model, seen from outside: its layer calls, the modules between them, and who uses what.
+
+Hooks on the layers and on the parametric modules around them note every call with its arguments and results. Places
+number the parts of the pass: 0 is before the first layer call, 2i + 1 inside layer call i, 2i + 2 after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmpipe_cli.errors import UsageError
+from llmpipe_cli.model.slicing.cuts import find_glue, find_layers
+from llmpipe_cli.model.slicing.recorder import PlaceClock, Recorder
+from llmpipe_cli.model.slicing.structure import Path, describe_result, walk_tensors
+
+Edge = tuple[Any, int]
+"""An edge of the autograd graph: the node that made a value, and which of the node's results it is."""
+
+
+@dataclass
+class Value:
+    """A tensor seen at a call, as it was at that moment (a later operation in place changes the tensor's own edge)."""
+
+    path: Path
+    tensor: Tensor
+    edge: Edge | None
+    derived: bool
+
+    @classmethod
+    def all_of(cls, nest: Any, recorder: Recorder) -> list[Value]:
+        return [
+            cls(path, tensor, edge_of(tensor), recorder.depends_on_parameters(tensor))
+            for path, tensor in walk_tensors(nest)
+        ]
+
+
+@dataclass
+class LayerEvent:
+    """One layer call."""
+
+    module: str
+    stack: str
+    arguments: list[Value]
+    result: Any = None
+    results: list[Value] = field(default_factory=list)
+
+
+@dataclass
+class GlueEvent:
+    """One call of a parametric module outside the layers."""
+
+    module: str
+    number: int
+    place: int
+    results: list[Value]
+    first_node: int
+    last_node: int
+
+
+@dataclass
+class ForwardPass:
+    """Everything that one forward pass showed."""
+
+    calls: list[LayerEvent]
+    glue: list[GlueEvent]
+    recorder: Recorder
+    clock: PlaceClock
+    roots: list[Tensor]
+    num_tokens: int
+
+
+def run_forward(model: PreTrainedModel, inputs: dict[str, Tensor]) -> ForwardPass:
+    """Run the forward once and note all layer calls, module calls and parameter uses."""
+    layers = find_layers(model)
+    names = {id(model.get_submodule(name)): name for name in layers}
+    recorder, clock = Recorder(model), PlaceClock()
+    calls: list[LayerEvent] = []
+    glue_calls: list[GlueEvent] = []
+    numbers: dict[str, int] = defaultdict(int)
+    entered: list[tuple[Any, Any]] = []  # arguments of the layer calls that are running, outermost first
+    glue_starts: list[int] = []
+
+    def enter(place: int) -> None:
+        recorder.place = place
+        clock.enter(place)
+
+    def before_layer(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not entered:
+            name = names[id(module)]
+            calls.append(LayerEvent(name, layers[name], Value.all_of((args, kwargs), recorder)))
+            enter(2 * len(calls) - 1)
+        entered.append((args, kwargs))
+
+    def after_layer(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        entered.pop()
+        if not entered:
+            call = calls[-1]
+            call.result = describe_result(result, (args, kwargs), f"layer {call.module}")
+            call.results = Value.all_of(result, recorder)
+            _refuse_without_gradient(call)
+            enter(2 * len(calls))
+
+    def before_glue(module: nn.Module, args: Any, kwargs: Any) -> None:
+        glue_starts.append(clock.now())
+
+    def after_glue(name: str, args: Any, kwargs: Any, result: Any) -> None:
+        first = glue_starts.pop()
+        if entered or glue_starts:  # inside a layer, or inside another such module
+            return
+        results = Value.all_of(result, recorder)
+        arguments = Value.all_of((args, kwargs), recorder)
+        if not any(value.derived for value in arguments) and all(value.edge is None for value in results):
+            for value in results:  # a table without gradient: every stage computes it itself
+                recorder.forget(value.tensor)
+                value.derived = False
+        glue_calls.append(GlueEvent(name, numbers[name], recorder.place, results, first, clock.now()))
+        numbers[name] += 1
+
+    with contextlib.ExitStack() as stack:
+        for name in layers:
+            module = model.get_submodule(name)
+            stack.enter_context(_hooked(module, before_layer, after_layer))
+        for name, module in find_glue(model, layers).items():
+            stack.enter_context(_hooked(module, before_glue, _named(name, after_glue)))
+        stack.enter_context(_all_trainable(model))
+        stack.enter_context(recorder)
+        enter(0)
+        output = model(**inputs, **forward_options(model, inputs))
+    if not calls:
+        raise UsageError("its forward never calls the layers found in it")
+    first_input = next(iter(inputs.values()))
+    return ForwardPass(calls, glue_calls, recorder, clock, _roots_of(output), math.prod(first_input.shape[:2]))
+
+
+def _refuse_without_gradient(call: LayerEvent) -> None:
+    """A layer run without gradient leaves no trace in the autograd graph that the plan is read from."""
+    derived = [value for value in call.results if value.derived and value.tensor.is_floating_point()]
+    if derived and all(value.edge is None for value in derived):
+        raise UsageError(f"its forward runs layer {call.module} without gradient")
+
+
+def forward_options(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for the forward besides the inputs: no key-value cache, results by name."""
+    accepted = inspect.signature(model.forward).parameters
+    options = {"use_cache": False, "return_dict": True}
+    return {name: value for name, value in options.items() if name in accepted and name not in inputs}
+
+
+def _roots_of(output: Any) -> list[Tensor]:
+    loss = getattr(output, "loss", None)
+    if loss is None or loss.grad_fn is None:
+        raise UsageError("its forward computes no loss from labels")
+    logits = getattr(output, "logits", None)
+    return [loss] if logits is None or logits.grad_fn is None else [loss, logits]
+
+
+def _named(name: str, hook: Any) -> Any:
+    return lambda module, args, kwargs, result: hook(name, args, kwargs, result)
+
+
+@contextlib.contextmanager
+def _hooked(module: nn.Module, before: Any, after: Any) -> Iterator[None]:
+    handles = [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _all_trainable(model: nn.Module) -> Iterator[None]:
+    """Let every parameter require a gradient, so that the graph shows all dependencies."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in before:
+        parameter.requires_grad_(parameter.is_floating_point())
+    try:
+        yield
+    finally:
+        for parameter, trainable in before.items():
+            parameter.requires_grad_(trainable)
+
+
+def edge_of(tensor: Tensor) -> Edge | None:
+    return None if tensor.grad_fn is None else (tensor.grad_fn, tensor.output_nr)
