@@ -286,6 +286,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return MetricsReader(path).read()
 
 
+def read_metrics_summary(path: Path, num_steps: int = 50) -> list[dict[str, Any]]:
+    """All events and the last steps of a metrics.jsonl, without parsing the many steps before them."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    wanted = [line for line in lines[:-num_steps] if b'"event"' in line] + lines[-num_steps:]
+    return list(_parse_lines(b"\n".join(wanted)))
+
+
 def _parse_lines(data: bytes) -> Iterator[dict[str, Any]]:
     for line in data.splitlines():
         try:

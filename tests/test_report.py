@@ -18,7 +18,7 @@ from llmpipe_cli.report.live import LiveView, PlainView, export_svg, make_view, 
 from llmpipe_cli.report.plots import plot_loss
 from llmpipe_cli.report.progress import Progress
 from llmpipe_cli.report.summary import evaluation_table, training_summary
-from llmpipe_cli.report.tables import describe_run, run_details, runs_table
+from llmpipe_cli.report.tables import describe_run, progress_of, run_details, runs_table
 from llmpipe_cli.run import RunDirectory, write_json
 from tests.sample_metrics import metrics_lines, write_metrics
 
@@ -136,7 +136,7 @@ def test_plain_view_writes_lines_without_control_characters() -> None:
     assert lines[2].startswith("step 50/60  loss 6.182  learning rate 3.00e-4  grad norm ")
     assert lines[3] == "validation  loss 6.280 perplexity 533.54  at step 50"
     assert lines[4] == "checkpoint  step-00000050  saved in 1.2 s"
-    assert lines[5].startswith("step 60/60  loss 5.9")
+    assert lines[5].startswith("step 60/60  loss 5.875  ")
     assert lines[6] == "warning: a [bold]warning[/bold]"
     assert "\x1b" not in console.file.getvalue()
 
@@ -213,6 +213,9 @@ def test_history_follows_resumed_runs(reshaped: RunDirectory, tmp_path: Path) ->
         (20, "1 device"),
         (40, "2 stages × 2 replicas"),
     ]
+    before = progress_of(reshaped)
+    assert before.loss_points() == history.train[:40]
+    assert before.validation_points() == history.validation[:2]
     undisturbed = make_run(tmp_path, "undisturbed", (1, 1, 1), 1, 60)
     same = compare_histories(history, load_history(undisturbed))
     assert same == {

@@ -17,7 +17,7 @@ from llmpipe_cli.cluster.devices import local_devices, num_cores
 from llmpipe_cli.cluster.launchers.base import is_secret
 from llmpipe_cli.engine.manifest import file_entry, point, write_manifest
 from llmpipe_cli.errors import CheckpointError, UsageError
-from llmpipe_cli.run import MetricsReader, RunDirectory, list_runs, write_json
+from llmpipe_cli.run import MetricsReader, RunDirectory, list_runs, read_metrics_summary, write_json
 
 
 def test_create_never_overwrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +75,22 @@ def test_metrics_are_read_line_by_line_while_they_grow(tmp_path: Path) -> None:
     lines = reader.read()
     assert lines[0] == {"step": 3}
     assert len(lines) == 2
+
+
+def test_summary_of_long_metrics_keeps_events_and_last_steps(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"event": "start"}, *[{"step": step} for step in range(1, 1001)]]
+    lines.insert(500, {"event": "evaluation", "step": 499})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 10')
+    summary = read_metrics_summary(path, 3)
+    assert summary == [
+        {"event": "start"},
+        {"event": "evaluation", "step": 499},
+        {"step": 998},
+        {"step": 999},
+        {"step": 1000},
+    ]
+    assert read_metrics_summary(tmp_path / "none") == []
 
 
 def save(run: RunDirectory, step: int) -> Path:

@@ -126,13 +126,13 @@ def judge(run: RunDirectory, stages: Sequence[int], agent_code: int | None, vani
         error = RankError(
             "the process that guards the rank was killed (SIGKILL)",
             where=_place(vanished[0], read_json(run.rank_record(vanished[0])) or {}, stages[vanished[0]]),
-            hint=f"see {run.rank_log(vanished[0])}; `--resume auto` goes on from the last checkpoint",
+            hint=f"see {run.rank_log(vanished[0])}; {_go_on(run)}",
         )
         return Outcome(error.exit_code, error, vanished[0], _tail(run, vanished[0]))
     ending = f"by signal {_signal_name(-agent_code)}" if agent_code and agent_code < 0 else f"with code {agent_code}"
     node_error = NodeError(
         f"the agent of this node (torchrun) ended {ending} before its ranks were done",
-        hint=f"see {run.launcher_log}; `--resume auto` goes on from the last checkpoint",
+        hint=f"see {run.launcher_log}; {_go_on(run)}",
     )
     return Outcome(node_error.exit_code, node_error, None, _last_lines(run.launcher_log))
 
@@ -147,16 +147,18 @@ def _failure(run: RunDirectory, rank: int, stage: int, records: dict[int, dict[s
         return None
     # Ended by the agent because another rank failed, or by somebody who told the agent to end.
     told = bool(record["told_to_end"]) and returncode in (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
-    hint = f"see {run.rank_log(rank)}; `--resume auto` goes on from the last checkpoint"
+    hint = f"see {run.rank_log(rank)}; {_go_on(run)}"
+    tail = _tail(run, rank)
     if returncode < 0:
         name = _signal_name(-returncode)
         message = f"the rank was killed by signal {-returncode} ({name})"
         if returncode == -signal.SIGKILL:
+            tail = None
             hint = f"SIGKILL often means that the machine ran out of memory (`dmesg | tail`); {hint}"
     else:
         message = f"the rank ended with code {returncode} without saying why"
     error = RankError(message, where=_place(rank, record, stage), hint=hint)
-    return _Failure(rank, record["ended"], told, error, _tail(run, rank))
+    return _Failure(rank, record["ended"], told, error, tail)
 
 
 def _written_failure(
@@ -171,11 +173,16 @@ def _written_failure(
     error = error_class(
         message if own_error or not kind or kind == "RankError" else f"{kind}: {message}",
         where=str(where) if where else place,
-        hint=written.get("hint") or f"see {run.rank_log(rank)}",
+        hint=written.get("hint") or f"see {run.rank_log(rank)}; {_go_on(run)}",
     )
     follower = not own_error and any(sign in text for sign in _FOLLOWER_SIGNS)
     traceback = None if own_error else written.get("traceback")
     return _Failure(rank, float(written.get("time", 0.0)), follower, error, traceback)
+
+
+def _go_on(run: RunDirectory) -> str:
+    checkpoint = run.latest_checkpoint()
+    return f"`--resume auto` goes on from {checkpoint.name}" if checkpoint else "no checkpoint was saved yet"
 
 
 def _place(rank: int, record: dict[str, Any], stage: object) -> str:

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe_cli.report import formats
-from llmpipe_cli.report.progress import Progress
+from llmpipe_cli.report.progress import Point, Progress
 from llmpipe_cli.run import RunDirectory, read_metrics
 
 _STEP = re.compile(r"step-(\d+)$")
 _MAX_RESUMES = 1000
-
-Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -41,14 +39,14 @@ class History:
     parts: list[Part] = field(default_factory=list)
 
 
-def load_history(run: RunDirectory) -> History:
-    """The curve that ends in `run`; runs that are gone are left out."""
+def load_history(run: RunDirectory, *, without_own: bool = False) -> History:
+    """The curve that ends in `run`, or where `run` was resumed; runs that are gone are left out."""
     history = History(run.name)
     before = math.inf
     for _ in range(_MAX_RESUMES):
         plan = run.read_plan()
         progress = Progress(run.name)
-        for line in read_metrics(run.metrics):
+        for line in [] if without_own and not history.parts else read_metrics(run.metrics):
             progress.add(line)
         train = [point for point in progress.loss_points() if point[0] <= before]
         history.train = train + history.train

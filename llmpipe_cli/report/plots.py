@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmpipe_cli.report.history import History, Point
+from llmpipe_cli.report.history import History
+from llmpipe_cli.report.progress import Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

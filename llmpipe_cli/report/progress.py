@@ -13,6 +13,8 @@ from typing import Any
 
 _RECENT_STEPS = 20
 
+Point = tuple[float, float]
+
 
 @dataclass(frozen=True)
 class StageUse:
@@ -32,12 +34,16 @@ class Progress:
         subtitle: a few words on what runs where.
         max_steps: steps of the whole job; None until known.
         job: train, evaluate or generate.
+        earlier_train: (step, loss) points of the runs that this one was resumed from.
+        earlier_validation: the same for validation.
     """
 
     title: str
     subtitle: str = ""
     max_steps: int | None = None
     job: str = "train"
+    earlier_train: list[Point] = field(default_factory=list)
+    earlier_validation: list[Point] = field(default_factory=list)
     phase: str = "starting the ranks"
     steps: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
@@ -117,19 +123,19 @@ class Progress:
             uses.append(StageUse(busy / whole if whole else 0.0, waiting / whole if whole else 0.0, memory_bytes))
         return uses
 
-    def loss_points(self) -> list[tuple[float, float]]:
-        """(step, training loss), finite ones only."""
+    def loss_points(self) -> list[Point]:
+        """(step, training loss), those of earlier runs first, finite ones only."""
         points = [(float(line["step"]), float(line["loss"])) for line in self.steps if line["loss"] is not None]
-        return [(step, loss) for step, loss in points if math.isfinite(loss)]
+        return self.earlier_train + [point for point in points if math.isfinite(point[1])]
 
-    def validation_points(self) -> list[tuple[float, float]]:
-        """(step, validation loss), finite ones only."""
+    def validation_points(self) -> list[Point]:
+        """(step, validation loss), those of earlier runs first, finite ones only."""
         points = [
             (float(line["step"]), float(line["metrics"]["loss"]))
             for line in self.evaluations
             if "step" in line and line.get("metrics", {}).get("loss") is not None
         ]
-        return [(step, loss) for step, loss in points if math.isfinite(loss)]
+        return self.earlier_validation + [point for point in points if math.isfinite(point[1])]
 
     def _recent(self) -> list[dict[str, Any]]:
         # The first step of a process includes compiling and warming up.

@@ -9,14 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from llmpipe_cli.report import formats
+from llmpipe_cli.report.history import load_history
 from llmpipe_cli.report.progress import Progress
-from llmpipe_cli.run import RunDirectory, read_json, read_metrics
+from llmpipe_cli.run import RunDirectory, read_json, read_metrics_summary
 
 _STATE_STYLES = {"done": "green", "running": "cyan", "stopped": "yellow", "failed": "red", "lost": "red"}
 
 
-def progress_of(run: RunDirectory) -> Progress:
-    """An empty state with the run's title; its metrics are still to be added."""
+def progress_of(run: RunDirectory, *, with_earlier: bool = True) -> Progress:
+    """A state with the run's title and the curve it was resumed from; its own metrics are still to be added."""
     plan = run.read_plan()
     words = [
         (plan.get("recipe") or {}).get("task"),
@@ -24,16 +25,21 @@ def progress_of(run: RunDirectory) -> Progress:
         formats.layout(plan["layout"]) if plan.get("layout") else None,
         plan.get("device"),
     ]
-    job = plan.get("job", "train")
-    max_steps = (plan.get("training") or {}).get("max_steps") if job == "train" else None
-    return Progress(run.name, " · ".join(str(word) for word in words if word), max_steps, job)
+    job, training = plan.get("job", "train"), plan.get("training") or {}
+    progress = Progress(run.name, " · ".join(str(word) for word in words if word), job=job)
+    if job == "train":
+        progress.max_steps = training.get("max_steps")
+    if with_earlier and training.get("resume_from"):
+        before = load_history(run, without_own=True)
+        progress.earlier_train, progress.earlier_validation = before.train, before.validation
+    return progress
 
 
 def describe_run(run: RunDirectory) -> dict[str, Any]:
     """The facts of one run, as `runs ls --json` and `runs show --json` print them."""
     plan, status = run.read_plan(), run.status()
-    progress = progress_of(run)
-    for line in read_metrics(run.metrics):
+    progress = progress_of(run, with_earlier=False)
+    for line in read_metrics_summary(run.metrics):
         progress.add(line)
     checkpoint = run.latest_checkpoint()
     training = plan.get("training") or {}
