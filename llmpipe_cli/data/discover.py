@@ -30,24 +30,26 @@ def find_files(
 ) -> list[Path]:
     """The files that any of `patterns` matches and none of `exclude` does, sorted by path.
 
-    A relative `exclude` pattern matches at any depth (``test_*.py``, ``idlelib/*``); its `*` also crosses folders.
+    A relative `exclude` pattern matches at any depth below the folder where the pattern of `patterns` begins to vary
+    (``test_*.py``, ``idlelib/*``); an absolute one is compared with whole paths. Its `*` also crosses folders.
 
     Raises:
         UsageError: when a pattern matches no file, or `exclude` leaves none.
     """
-    found: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matches = _match(pattern, base_dir)
-        if not matches:
-            raise UsageError(f"no files match {pattern!r}", where=where, hint=_hint_for_nothing(pattern, base_dir))
-        found.update(matches)
     excluded = [_expand(pattern) for pattern in ([exclude] if isinstance(exclude, str) else exclude or [])]
-    kept = sorted(path for path in found if not any(_excludes(pattern, path) for pattern in excluded))
+    num_found = 0
+    kept: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        root, paths = _match(pattern, base_dir)
+        if not paths:
+            raise UsageError(f"no files match {pattern!r}", where=where, hint=_hint_for_nothing(pattern, base_dir))
+        num_found += len(paths)
+        kept.update(path for path in paths if not any(_excludes(other, path, root) for other in excluded))
     if not kept:
         raise UsageError(
-            f"`exclude` leaves none of the {len(found)} files that match", where=where, hint="narrow `exclude`"
+            f"`exclude` leaves none of the {num_found} files that match", where=where, hint="narrow `exclude`"
         )
-    return [Path(path) for path in kept]
+    return [Path(path) for path in sorted(kept)]
 
 
 def find_folder(name: str, base_dir: Path) -> Path | None:
@@ -58,7 +60,24 @@ def find_folder(name: str, base_dir: Path) -> Path | None:
     return None
 
 
-def _match(pattern: str, base_dir: Path) -> list[str]:
+def find_folder_or_id(name: str, base_dir: Path, *, where: str) -> Path | None:
+    """The folder that `name` means, or None when it can only be a hub id.
+
+    Raises:
+        UsageError: `name` is written as a path, and there is no such folder.
+    """
+    folder = find_folder(name, base_dir)
+    if folder is None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UsageError(
+            f"there is no folder {name}",
+            where=where,
+            hint=f"relative names start at {Path.cwd()} or {base_dir.resolve()}",
+        )
+    return folder
+
+
+def _match(pattern: str, base_dir: Path) -> tuple[str, list[str]]:
+    """The folder below which the pattern varies, and the files that match."""
     expanded = _expand(pattern)
     inside_stdlib = "{stdlib}" in pattern
     for folder in (Path.cwd(), base_dir.resolve()):
@@ -69,8 +88,8 @@ def _match(pattern: str, base_dir: Path) -> list[str]:
             skipped = tuple(str(stdlib_dir() / name) + os.sep for name in _PACKAGE_FOLDERS)
             paths = [path for path in paths if not path.startswith(skipped)]
         if paths:
-            return paths
-    return []
+            return _fixed_part(full), paths
+    return "", []
 
 
 def _expand(pattern: str) -> str:
@@ -78,10 +97,22 @@ def _expand(pattern: str) -> str:
     return str(Path(pattern.replace("{stdlib}", glob.escape(str(stdlib_dir())))).expanduser())
 
 
-def _excludes(pattern: str, path: str) -> bool:
+def _fixed_part(pattern: str) -> str:
+    parts = []
+    for part in Path(pattern).parent.parts:
+        if glob.has_magic(part) and not glob.has_magic(part.replace("[[]", "")):  # an escaped bracket
+            part = part.replace("[[]", "[")
+        elif glob.has_magic(part):
+            break
+        parts.append(part)
+    return os.path.normpath(Path(*parts))
+
+
+def _excludes(pattern: str, path: str, root: str) -> bool:
     if Path(pattern).is_absolute():
         return fnmatch.fnmatchcase(path, pattern)
-    return fnmatch.fnmatchcase(path, f"*/{pattern}")
+    below = "/" + path.removeprefix(root).lstrip("/")
+    return fnmatch.fnmatchcase(below, "*/" + pattern.removeprefix("**/").removeprefix("./"))
 
 
 def _hint_for_nothing(pattern: str, base_dir: Path) -> str:

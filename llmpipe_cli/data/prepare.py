@@ -153,12 +153,7 @@ class _Preparation:
         options = feature_options(
             self.recipe.task, self.recipe.data, section, end_of_text=tokenizer.end_of_text, training=name == "train"
         )
-        if name == "train" and options.task == "causal-lm" and options.separator is None:
-            raise UsageError(
-                "the tokenizer has no end-of-text token, which has to stand between documents",
-                where="tokenizer",
-                hint="set `eos_token` in its tokenizer_config.json",
-            )
+        _check_special_tokens(tokenizer, options, training=name == "train")
         identity = {
             "version": _VERSION,
             "source": self.sources[name].identity(),
@@ -367,6 +362,21 @@ class _Labels:
             )
         final = {name: index for index, name in enumerate(names)}
         return names, [final[name] for name in self.ids]
+
+
+def _check_special_tokens(tokenizer: TokenizerInfo, options: FeatureOptions, *, training: bool) -> None:
+    if options.task == "causal-lm" and training and options.separator is None:
+        raise UsageError(
+            "the tokenizer has no end-of-text token, which has to stand between documents",
+            where="tokenizer",
+            hint="set `eos_token` in its tokenizer_config.json",
+        )
+    if options.task == "masked-lm" and "mask" not in tokenizer.special_token_ids:
+        raise UsageError(
+            "the tokenizer has no mask token, which masked-lm hides tokens behind",
+            where="tokenizer",
+            hint="take a tokenizer of an encoder such as BERT, or `tokenizer: {train: {vocab_size: 8000}}`",
+        )
 
 
 def _is_held_out(record: Record, fraction: float) -> bool:

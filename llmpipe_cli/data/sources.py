@@ -28,11 +28,11 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from llmpipe_cli.data.discover import find_files, find_folder
+from llmpipe_cli.data.discover import find_files, find_folder_or_id
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.recipe.schema import DataSource
 
-PIECE_CHARS = 1 << 20
+PIECE_CHARS = 1 << 19
 """Longest text that is tokenised at once."""
 
 _FORMAT_BY_SUFFIX = {
@@ -131,7 +131,7 @@ def open_source(section: DataSource, base_dir: Path, *, where: str, default_spli
         paths = find_files(section.files, section.exclude, base_dir, where=f"{where}.files")
         return FileSource(paths, section.format)
     if section.dataset is not None:
-        folder = find_folder(section.dataset, base_dir)
+        folder = find_folder_or_id(section.dataset, base_dir, where=f"{where}.dataset")
         return HubSource(section, folder, section.split or default_split, where=f"{where}.dataset")
     raise UsageError("no data is given", where=where, hint='write `files: "corpus/*.jsonl"` or `dataset: ...`')
 
@@ -350,7 +350,8 @@ def _read_jsonl(path: Path, binary: IO[bytes], fields: Fields, skipped: SkipLog)
         where = f"{path}:{number}"
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
-        if not line.strip():
+        line = line.rstrip()
+        if not line:
             continue
         try:
             row = json.loads(line.decode())

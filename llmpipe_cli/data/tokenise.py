@@ -11,10 +11,13 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +25,7 @@ import numpy.typing as npt
 from llmpipe_cli.data.sources import Record
 from llmpipe_cli.data.store import SplitWriter
 from llmpipe_cli.data.tokenizer import Encoder
+from llmpipe_cli.errors import PreflightError
 from llmpipe_cli.tasks.features import FeatureOptions, encode_records
 
 _CHUNK_CHARS = 1 << 18
@@ -102,16 +106,24 @@ def _results(
         return
     # "spawn": a fork would copy the threads' locks of torch and tokenizers in whatever state they are
     context = multiprocessing.get_context("spawn")
-    with context.Pool(num_processes, _start_process, (options, tokenizer_dir)) as pool:
-        waiting: deque[tuple[list[Record], Any]] = deque()
+    pool = ProcessPoolExecutor(num_processes, context, _start_process, (options, tokenizer_dir))
+    try:
+        waiting: deque[tuple[list[Record], Future[_Tokenised]]] = deque()
         for chunk in itertools.chain(first, chunks):
-            waiting.append((chunk, pool.apply_async(_encode_in_process, (chunk,))))
+            waiting.append((chunk, pool.submit(_encode_in_process, chunk)))
             if len(waiting) >= _CHUNKS_A_PROCESS * num_processes:
                 oldest, result = waiting.popleft()
-                yield oldest, result.get()
+                yield oldest, result.result()
         while waiting:
             oldest, result = waiting.popleft()
-            yield oldest, result.get()
+            yield oldest, result.result()
+    except BrokenProcessPool as error:
+        raise PreflightError(
+            "a process that tokenises was killed",
+            hint="the machine may be out of memory: `dmesg | grep -i killed` tells; very long documents need most",
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _encode(options: FeatureOptions, encoder: Encoder, records: Sequence[Record]) -> _Tokenised:
@@ -134,7 +146,17 @@ _process: tuple[FeatureOptions, Encoder] | None = None  # of a worker process
 def _start_process(options: FeatureOptions, tokenizer_dir: str) -> None:
     global _process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends the pool
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _process = options, Encoder(tokenizer_dir)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent was killed and could not end it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _encode_in_process(records: list[Record]) -> _Tokenised:

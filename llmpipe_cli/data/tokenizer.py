@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from llmpipe_cli.data.cache import cached_folder, fingerprint
-from llmpipe_cli.data.discover import find_folder
+from llmpipe_cli.data.discover import find_folder_or_id
 from llmpipe_cli.data.sources import PIECE_CHARS, cut_text, hub_commit
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.recipe.schema import Recipe, TokenizerTraining
@@ -69,16 +69,19 @@ def prepare_tokenizer(
         )
     if not isinstance(choice, str):
         training = choice.train
+        family = _FAMILIES_WITH_OWN_SPLITTING.get((recipe.model.config or {}).get("model_type", ""))
+        template = _template_name(recipe.task) if family is None else "causal"
         identity = {
             "train": training.model_dump(),
-            "template": _template_name(recipe.task),
+            "template": template,
+            "family": family,
             "text": text_identity,
             "version": _VERSION,
         }
         return _from_cache(
-            cache_dir, identity, lambda: train_tokenizer(training_text(), training, _template_name(recipe.task))
+            cache_dir, identity, lambda: train_tokenizer(training_text(), training, template, family=family)
         )
-    folder = find_folder(choice, base_dir)
+    folder = find_folder_or_id(choice, base_dir, where="tokenizer" if recipe.tokenizer else "model.from")
     revision = None if recipe.tokenizer else recipe.model.revision
 
     def load() -> Any:
@@ -98,21 +101,28 @@ def prepare_tokenizer(
     return _from_cache(cache_dir, identify(), load)
 
 
-def train_tokenizer(texts: Iterator[str], training: TokenizerTraining, template: str) -> Any:
+def train_tokenizer(
+    texts: Iterator[str], training: TokenizerTraining, template: str, *, family: str | None = None
+) -> Any:
     """A byte-level BPE tokenizer (`PreTrainedTokenizerFast`) trained on `texts`; the same texts give the same one.
 
     Every byte has a token, so no text is unknown. `template` decides the special tokens: "causal" has <|endoftext|>
     (end and beginning of text) and <|pad|>; "encoder" [PAD] [UNK] [CLS] [SEP] [MASK], with [CLS] and [SEP] put around
-    each text; "seq2seq" <pad>, </s>, <unk>, with </s> put after each text.
+    each text; "seq2seq" <pad>, </s>, <unk>, with </s> put after each text. `family` names a transformers tokenizer
+    class whose way of splitting text into words is taken.
     """
     import tokenizers
+    import transformers
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
 
     names = _SPECIAL_TOKENS[template]
     special_tokens = list(dict.fromkeys(names.values()))
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if family is not None:
+        alike = getattr(transformers, family)(vocab=dict.fromkeys(special_tokens, 0), merges=[]).backend_tokenizer
+        tokenizer.normalizer, tokenizer.pre_tokenizer = alike.normalizer, alike.pre_tokenizer
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=training.vocab_size,
@@ -132,7 +142,19 @@ def train_tokenizer(texts: Iterator[str], training: TokenizerTraining, template:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", ids["</s>"])]
         )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
+
+
+# For these model types `AutoTokenizer` takes vocabulary and merges from a folder, but splits text into words in the
+# family's own way whatever tokenizer.json says. A tokenizer trained for them has to split in that way from the start.
+_FAMILIES_WITH_OWN_SPLITTING = {
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3_5": "Qwen3_5Tokenizer",
+    "qwen3_5_text": "Qwen3_5Tokenizer",
+    "qwen3_5_moe": "Qwen3_5Tokenizer",
+    "qwen3_5_moe_text": "Qwen3_5Tokenizer",
+    "qwen4_exp": "Qwen3_5Tokenizer",
+}
 
 
 class Encoder:

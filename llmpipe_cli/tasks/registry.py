@@ -5,9 +5,12 @@ from __future__ import annotations
 from llmpipe_cli.data.prepared import PreparedData
 from llmpipe_cli.tasks.base import Task
 from llmpipe_cli.tasks.causal_lm import CausalLM
+from llmpipe_cli.tasks.classification import Classification
 from llmpipe_cli.tasks.features import check_available
+from llmpipe_cli.tasks.masked_lm import MaskedLM
+from llmpipe_cli.tasks.translation import Translation
 
-_TASKS: dict[str, type[Task]] = {task.name: task for task in (CausalLM,)}
+_TASKS: dict[str, type[Task]] = {task.name: task for task in (CausalLM, MaskedLM, Classification, Translation)}
 
 
 def get_task(data: PreparedData) -> Task:
