@@ -1,4 +1,4 @@
-"""Small training jobs for tests: recipe -> prepared data -> plan -> run directory, and a plain Hugging Face reference."""
+"""Small training jobs for tests: recipe -> data -> plan -> run directory, and a plain Hugging Face reference."""
 
 from __future__ import annotations
 

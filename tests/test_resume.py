@@ -78,10 +78,10 @@ def test_same_layout_bit_for_bit(layout: str, job: Job, undisturbed: dict[str, R
         assert torch.equal(final_weights(resumed)[name], weight), name
 
 
-@pytest.mark.parametrize(("before", "after"), [("2", "1"), ("1", "3"), ("2x2", "2"), ("2x2-zero1", "2"), ("3", "2x2-zero1")])
-def test_other_layout(
-    before: str, after: str, job: Job, undisturbed: dict[str, RunDirectory], pool: RankPool
-) -> None:
+@pytest.mark.parametrize(
+    ("before", "after"), [("2", "1"), ("1", "3"), ("2x2", "2"), ("2x2-zero1", "2"), ("3", "2x2-zero1")]
+)
+def test_other_layout(before: str, after: str, job: Job, undisturbed: dict[str, RunDirectory], pool: RankPool) -> None:
     resumed = job.train(pool, resume=undisturbed[before].checkpoint(3), parallel=LAYOUTS[after])
     assert losses(resumed) == pytest.approx(losses(undisturbed[after])[3:], rel=1e-5)
     for name, weight in final_weights(undisturbed[after]).items():
@@ -123,7 +123,7 @@ def test_replicas_write_each_tensor_once(undisturbed: dict[str, RunDirectory]) -
         seen: dict[str, list[tuple[int, int]]] = {}
         for path in sorted((run.checkpoint(3) / "training").glob("optimizer-*.safetensors")):
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118: not a mapping
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
                     key, _, start = name.rpartition("|")
                     seen.setdefault(key, []).append((int(start), file.get_slice(name).get_shape()[0]))
         weights = final_weights(run)
@@ -137,13 +137,13 @@ def test_replicas_write_each_tensor_once(undisturbed: dict[str, RunDirectory]) -
 
 
 def test_resumed_run_may_train_longer(job: Job, undisturbed: dict[str, RunDirectory], pool: RankPool) -> None:
-    resumed = job.train(
-        pool, resume=undisturbed["2"].checkpoint(6), parallel=LAYOUTS["2"], train__max_steps=8
-    )
+    resumed = job.train(pool, resume=undisturbed["2"].checkpoint(6), parallel=LAYOUTS["2"], train__max_steps=8)
     assert [line["step"] for line in steps(resumed)] == [7, 8]
 
 
-def test_stop_request_saves_and_goes_on(tmp_path: Path, job: Job, undisturbed: dict[str, RunDirectory], pool: RankPool) -> None:
+def test_stop_request_saves_and_goes_on(
+    tmp_path: Path, job: Job, undisturbed: dict[str, RunDirectory], pool: RankPool
+) -> None:
     """A stop file that is there from the start: one step, a checkpoint, exit code 75; the rest follows exactly."""
     plan = job.plan(parallel=LAYOUTS["2"])
     run = job.start(plan)

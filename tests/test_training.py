@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,8 +84,6 @@ def _source_lines() -> list[str]:
 
 def _labelled_lines(folder: Path) -> Path:
     """Lines of Python source, labelled as comment or code."""
-    import json
-
     path = folder / "lines.jsonl"
     rows = [{"text": line, "label": "comment" if line.startswith("#") else "code"} for line in _source_lines()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -92,11 +92,9 @@ def _labelled_lines(folder: Path) -> Path:
 
 def _line_pairs(folder: Path) -> Path:
     """Each line of Python source with the one after it, of different lengths."""
-    import json
-
     path = folder / "pairs.jsonl"
     lines = _source_lines()
-    rows = [{"source": a, "target": b} for a, b in zip(lines, lines[1:], strict=False)]
+    rows = [{"source": a, "target": b} for a, b in itertools.pairwise(lines)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -179,9 +177,8 @@ def test_metrics_lines(tmp_path: Path, pool: RankPool) -> None:
     job = Job(tmp_path, _recipe("llama", tmp_path))
     run = job.train(pool, parallel={"pipeline": 2}, evaluation={"every_steps": 2}, checkpoint={"every_steps": 2})
     lines = read_metrics(run.metrics)
-    assert [line["event"] for line in lines if "event" in line] == [
-        "start", "evaluation", "evaluation", "checkpoint", "evaluation", "checkpoint", "evaluation", "checkpoint", "end",
-    ]  # fmt: skip
+    events = ["start", "evaluation", *["evaluation", "checkpoint"] * 3, "end"]
+    assert [line["event"] for line in lines if "event" in line] == events
     first = steps(run)[0]
     assert first["step"] == 1
     assert first["num_target_tokens"] == 8 * 31

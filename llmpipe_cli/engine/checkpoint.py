@@ -160,7 +160,7 @@ class SliceReader:
         self._pieces: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
         for path in paths:
             file = safe_open(path, framework="pt")
-            for name in file.keys():  # noqa: SIM118: not a mapping
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
                 parameter, key, start = name.rsplit("|", 2)
                 self._pieces.setdefault((parameter, key), []).append((int(start), file, name))
 
@@ -258,4 +258,3 @@ def _together(work: Callable[[], Any] | None, final: Path) -> list[Any]:
                 hint="earlier checkpoints are untouched; free space or choose another output_dir, then --resume auto",
             )
     return [outcome["result"] for outcome in outcomes]
-

@@ -147,7 +147,8 @@ class StageExecutor:
                 expected = self._with_gradient(output, self._gradient_free_out)
                 self._gradients_in.announce(None, [(output[i].dtype, tuple(output[i].shape)) for i in expected])
         elif training:
-            assert loss_function is not None and scale_loss is not None
+            assert loss_function is not None
+            assert scale_loss is not None
             loss = loss_function(output, batch.inputs)
             output = scale_loss(loss, batch)
             if on_output is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import get_scheduler
@@ -24,7 +25,7 @@ def learning_rate_curve(train: TrainSection, max_steps: int, warmup_steps: int) 
         warmup_steps: steps over which the rate rises from zero.
     """
     decay_steps = max(1, math.ceil(train.decay_ratio * max_steps))
-    name, options = {
+    curves: dict[str, tuple[str, dict[str, Any]]] = {
         "linear": ("linear", {}),
         "cosine": ("cosine_with_min_lr", {"min_lr_rate": train.min_lr_ratio}),
         "constant": ("constant_with_warmup", {}),
@@ -33,7 +34,8 @@ def learning_rate_curve(train: TrainSection, max_steps: int, warmup_steps: int) 
             "warmup_stable_decay",
             {"num_decay_steps": decay_steps, "min_lr_ratio": train.min_lr_ratio, "decay_type": "cosine"},
         ),
-    }[train.lr_scheduler_type]
+    }
+    name, options = curves[train.lr_scheduler_type]
     holder = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=train.learning_rate)
     scheduler = get_scheduler(name, holder, warmup_steps, max_steps, scheduler_specific_kwargs=options)
     factor = scheduler.lr_lambdas[0]

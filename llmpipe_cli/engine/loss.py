@@ -18,7 +18,8 @@ def make_loss(task: str, label_smoothing: float) -> LossFunction:
 
     Args:
         task: the recipe's task; decides whether logits are shifted against labels.
-        label_smoothing: probability mass spread evenly over all classes (Szegedy et al. 2016); 0 takes the model's loss.
+        label_smoothing: probability mass spread evenly over all classes (Szegedy et al. 2016); 0 takes the model's own
+            loss.
     """
 
     def own_loss(output: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -24,6 +24,7 @@ from llmpipe_cli.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
+_USE_EARLIER = "use an earlier checkpoint"
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -84,7 +85,7 @@ def remove_old(directory: Path, keep: int | None) -> list[str]:
         shutil.rmtree(leftover, ignore_errors=True)
     if keep is None:
         return []
-    linked = {os.readlink(link) for link in (directory / "latest", directory / "best") if link.is_symlink()}
+    linked = {link.readlink().name for link in (directory / "latest", directory / "best") if link.is_symlink()}
     old = [path for path in whole_checkpoints(directory)[:-keep] if path.name not in linked]
     for path in old:
         doomed = path.rename(path.with_name(path.name + PARTIAL))
@@ -111,11 +112,15 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
         files = manifest["files"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError("the manifest cannot be read", where=str(path), hint="use an earlier checkpoint") from error
+        raise CheckpointError(
+            "the manifest cannot be read", where=str(path), hint="use an earlier checkpoint"
+        ) from error
     for name, expected in files.items():
         file = checkpoint / name
         if not file.is_file():
-            raise CheckpointError("a file of the checkpoint is missing", where=str(file), hint="use an earlier checkpoint")
+            raise CheckpointError(
+                "a file of the checkpoint is missing", where=str(file), hint="use an earlier checkpoint"
+            )
         if file.stat().st_size != expected["bytes"] or file_entry(file) != expected:
             raise CheckpointError(
                 "the file is not what was saved: its SHA-256 differs from the manifest",

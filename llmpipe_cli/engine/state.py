@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -40,7 +41,8 @@ class StateSlice:
 ReadSlice = Callable[[str, str, int, int], torch.Tensor]
 
 
-def _named_parameters(engine: Engine) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def _named_parameters(engine: Engine) -> Iterator[tuple[str, Any]]:
+    """Trainable parameters; `Any` because DeepSpeed hangs its own attributes on them."""
     names = engine.module.parameter_names
     for parameter in engine.module.parameters():
         if parameter.requires_grad and id(parameter) in names:
@@ -117,9 +119,7 @@ def restore(engine: Engine, keys: dict[str, set[str]], shared: dict[str, float],
             state[parameter] = entry
 
 
-def _restore_partitions(
-    engine: Engine, keys: dict[str, set[str]], shared: dict[str, float], read: ReadSlice
-) -> None:
+def _restore_partitions(engine: Engine, keys: dict[str, set[str]], shared: dict[str, float], read: ReadSlice) -> None:
     optimizer, state = engine.basic_optimizer, engine.basic_optimizer.state
     for group in optimizer.param_groups:
         partition = group["params"][0]

@@ -71,7 +71,9 @@ class Sender:
 
     def _start(self, tensor: torch.Tensor) -> None:
         if tensor.numel():
-            self._pending.append((dist.isend(tensor, self._peer, group=self._group), tensor))
+            work = dist.isend(tensor, self._peer, group=self._group)
+            assert work is not None, "this rank is not in the group"
+            self._pending.append((work, tensor))
 
     def finish(self) -> None:
         """Wait until everything has left."""

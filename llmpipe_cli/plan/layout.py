@@ -1,22 +1,27 @@
 """Layout and batch arithmetic: what a recipe's numbers and the devices leave open is decided by simple rules.
 
-    tensor    auto -> 1
-    data      auto -> 1
-    pipeline  auto -> devices / (data x tensor), at most one stage a segment of the model
-    micro_batch_size auto -> the largest divisor of the samples a replica and step, up to 8, that leaves at least
-              four micro-batches a stage (fewer stay idle that way: the bubble of 1F1B is (p - 1) / (m + p - 1))
-    zero_stage auto -> 1 with bf16 or fp16 (which need it) or with several replicas, else 0
-    activation_checkpointing auto -> none
-    schedule  auto -> 1f1b
+tensor    auto -> 1
+data      auto -> 1
+pipeline  auto -> devices / (data x tensor), at most one stage a segment of the model
+micro_batch_size auto -> the largest divisor of the samples a replica and step, up to 8, that leaves at least
+          four micro-batches a stage (fewer stay idle that way: the bubble of 1F1B is (p - 1) / (m + p - 1))
+zero_stage auto -> 1 with bf16 or fp16 (which need it) or with several replicas, else 0
+activation_checkpointing auto -> none
+schedule  auto -> 1f1b
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 from llmpipe_cli.errors import PreflightError, UsageError
 from llmpipe_cli.plan.plan import Layout
 from llmpipe_cli.recipe.schema import Recipe
 
-Where = dict[str, str] | None
+
+def fixed(value: int | Literal["auto"]) -> int | None:
+    """The number that the recipe fixes; none for auto."""
+    return None if isinstance(value, str) else value
 
 
 def choose_layout(recipe: Recipe, num_devices: int, device: str, num_segments: int) -> Layout:
@@ -33,13 +38,12 @@ def choose_layout(recipe: Recipe, num_devices: int, device: str, num_segments: i
         PreflightError: more ranks than accelerators.
     """
     parallel = recipe.parallel
-    tensor = 1 if parallel.tensor == "auto" else parallel.tensor
-    data = 1 if parallel.data == "auto" else parallel.data
-    pipeline = parallel.pipeline
-    if pipeline == "auto":
+    tensor, data = fixed(parallel.tensor) or 1, fixed(parallel.data) or 1
+    pipeline = fixed(parallel.pipeline)
+    if pipeline is None and isinstance(parallel.partition, list):
+        pipeline = len(parallel.partition)
+    if pipeline is None:
         pipeline = max(1, min(num_devices // (data * tensor), num_segments))
-        if parallel.partition != "auto":
-            pipeline = len(parallel.partition)
     if pipeline > num_segments:
         raise UsageError(
             f"{pipeline} stages, but the model can be cut into {num_segments} pieces at most",
@@ -70,10 +74,10 @@ def choose_micro_batch_size(recipe: Recipe, layout: Layout) -> tuple[int, int]:
             where="train.global_batch_size",
             hint=f"use a multiple of {layout.data}, for example {(samples + 1) * layout.data}",
         )
-    size = train.micro_batch_size
-    if size == "auto" and train.gradient_accumulation_steps is not None:
+    size = fixed(train.micro_batch_size)
+    if size is None and train.gradient_accumulation_steps is not None:
         size = max(1, samples // train.gradient_accumulation_steps)
-    if size == "auto":
+    if size is None:
         wanted = min(samples, 4 * layout.pipeline)
         size = max(d for d in range(1, min(samples, 8) + 1) if samples % d == 0 and samples // d >= wanted)
     count, rest = divmod(samples, size)
@@ -94,10 +98,11 @@ def choose_micro_batch_size(recipe: Recipe, layout: Layout) -> tuple[int, int]:
     return size, count
 
 
-def choose_zero_stage(recipe: Recipe, layout: Layout) -> int:
-    """ZeRO stage 0 or 1."""
-    if recipe.parallel.zero_stage != "auto":
-        return recipe.parallel.zero_stage
+def choose_zero_stage(recipe: Recipe, layout: Layout) -> Literal[0, 1]:
+    """The ZeRO stage."""
+    stage = recipe.parallel.zero_stage
+    if not isinstance(stage, str):
+        return stage
     if recipe.model.dtype != "fp32":
         return 1
     return 1 if layout.data > 1 and recipe.train.optimizer != "adafactor" else 0

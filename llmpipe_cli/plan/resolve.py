@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llmpipe_cli.data.prepared import PreparedData
 from llmpipe_cli.errors import UsageError
@@ -19,13 +19,15 @@ from llmpipe_cli.plan.partition import balance
 from llmpipe_cli.plan.plan import Job, Layout, Plan, TrainingSettings
 from llmpipe_cli.recipe.schema import Recipe, TrainSection
 
+Device = Literal["cpu", "cuda"]
+
 
 def make_plan(
     recipe: Recipe,
     data: PreparedData | None,
     *,
     job: Job = "train",
-    device: str,
+    device: Device,
     num_devices: int,
     checkpoint: Path | None = None,
     options: dict[str, Any] | None = None,
@@ -104,7 +106,7 @@ def _set_special_tokens(config: Any, given: dict[str, Any], ids: dict[str, int])
 
 def _partition(recipe: Recipe, layout: Layout, costs: list[float]) -> list[int]:
     counts = recipe.parallel.partition
-    if counts == "auto":
+    if isinstance(counts, str):
         return balance(costs, layout.pipeline)
     if len(counts) != layout.pipeline or sum(counts) != len(costs):
         raise UsageError(
@@ -121,7 +123,9 @@ def _partition(recipe: Recipe, layout: Layout, costs: list[float]) -> list[int]:
 
 def _training(train: TrainSection, data: PreparedData | None, resume_from: Path | None) -> TrainingSettings:
     if data is None or data.train is None:
-        raise UsageError("there is no training data", where="data.train", hint="add data.train, for example {files: ...}")
+        raise UsageError(
+            "there is no training data", where="data.train", hint="add data.train, for example {files: ...}"
+        )
     steps_per_epoch = data.train.num_samples / train.global_batch_size
     if train.max_steps is not None:
         max_steps = train.max_steps

@@ -99,7 +99,9 @@ def evaluate(context: Context) -> int:
     data = PreparedData.model_validate(context.plan.data)
     split = data.validation
     if split is None:
-        raise UsageError("there is no validation data", where="data.validation", hint="add data.validation to the recipe")
+        raise UsageError(
+            "there is no validation data", where="data.validation", hint="add data.validation to the recipe"
+        )
     metrics = MetricsWriter(context.run.metrics if context.is_first else None)
     evaluator = Evaluator(context, StageExecutor(load_stage(context), context.device), get_task(data), split)
     metrics.event("start", step=0, max_steps=0, layout=context.plan.layout.model_dump())

@@ -22,6 +22,7 @@ def write_failure(run: RunDirectory, rank: int, error: BaseException) -> int:
     print(text, file=sys.stderr, flush=True)
     known = error if isinstance(error, LlmpipeError) else None
     exit_code = known.exit_code if known else RankError.exit_code
+    stage = os.environ.get("LLMPIPE_STAGE")
     record = {
         "exit_code": exit_code,
         "type": type(error).__name__,
@@ -31,10 +32,9 @@ def write_failure(run: RunDirectory, rank: int, error: BaseException) -> int:
         "traceback": text,
         "rank": rank,
         "host": socket.gethostname(),
-        "stage": int(os.environ.get("LLMPIPE_STAGE", "-1")),
         "time": time.time(),
     }
-    if record["stage"] < 0:
-        del record["stage"]
+    if stage is not None:  # known once the plan has been read
+        record["stage"] = int(stage)
     write_json(run.rank_error(rank), record)
     return exit_code

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,7 +72,7 @@ class _Generator:
         self._batch_size = context.plan.micro_batch_size
         self._last_rank = dist.get_world_size() - 1
         config = executor.module.skeleton.config
-        self._start_token = config.decoder_start_token_id if config.is_encoder_decoder else None
+        self._start_token = int(config.decoder_start_token_id) if config.is_encoder_decoder else -1
         self._is_encoder_decoder = config.is_encoder_decoder
         self._max_positions = getattr(config, "max_position_embeddings", None)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -86,7 +87,7 @@ class _Generator:
         batches = [MicroBatch(index, self._inputs(group), 0) for index, group in enumerate(groups)]
         tokens = torch.full((len(rows),), _FINISHED, dtype=torch.int64)
 
-        def draw(position: int, output: object) -> None:
+        def draw(position: int, output: Any) -> None:
             for offset, row in enumerate(groups[position]):
                 logits = output.logits[offset, self._length(row) - 1]
                 number = position * self._batch_size + offset

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -55,6 +56,7 @@ class Sampler:
         scores = logits.float().cpu()[None]
         if self._sampling.temperature <= 0:
             return int(scores.argmax())
-        scores = self._warpers(torch.zeros(1, 0, dtype=torch.long), scores)
+        no_tokens: Any = torch.zeros(1, 0, dtype=torch.long)  # these warpers look at the scores alone
+        scores = self._warpers(no_tokens, scores)
         generator = torch.Generator().manual_seed(derive_seed(self._sampling.seed, "token", prompt, position))
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=generator))

@@ -148,7 +148,9 @@ class _Training:
     def _load(self, step: int, position: int) -> MicroBatch:
         """The replica's micro-batch at `position`; micro-batches are dealt to the replicas in turn."""
         index = position * self.plan.layout.data + self.context.replica
-        inputs = {name: tensor.to(self.context.device) for name, tensor in self.batches.micro_batch(step, index).items()}
+        inputs = {
+            name: tensor.to(self.context.device) for name, tensor in self.batches.micro_batch(step, index).items()
+        }
         return MicroBatch(index, inputs, self.task.num_targets(inputs))
 
     def _exchange(self, result: StepResult, batches: list[MicroBatch], data_seconds: float) -> list[dict[str, float]]:
