@@ -182,7 +182,7 @@ def _set_dropout(config: PreTrainedConfig, dropout: float | None) -> None:
 
 
 def _is_dropout(name: str) -> bool:
-    return "dropout" in name or name.endswith("_pdrop") or name.endswith("_drop")
+    return "dropout" in name or name.endswith(("_pdrop", "_drop"))
 
 
 def model_class(config: PreTrainedConfig, task: str) -> type[PreTrainedModel]:
