@@ -1,8 +1,7 @@
 """The whole model without its weights: every parameter on the meta device, every buffer real.
 
 Parameters are sent to meta one by one while the model's own constructor runs, so that buffers and other tensors are
-computed as always and no more than one parameter's memory is reserved at a time (and, initialisation being off, hardly
-any of it is touched).
+computed as always. Large tensors are made on meta at once; of the others no more than one is reserved at a time.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from llmpipe_cli.errors import UsageError
@@ -23,6 +23,9 @@ FIRST_VALUE = "_llmpipe_first_value"
 """Attribute of a meta parameter with the value that the constructor gave it; for small parameters only."""
 
 _MAX_FIRST_VALUE_ELEMENTS = 2**14
+_MAX_EMPTY_ELEMENTS = 2**22
+_MAX_FILLED_ELEMENTS = 2**26
+_FILLED = {torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
 
 
 def build_skeleton(
@@ -42,7 +45,7 @@ def build_skeleton(
     config = copy.deepcopy(config)
     options: dict[str, Any] = {} if attn_implementation == "auto" else {"attn_implementation": attn_implementation}
     try:
-        with initialization.no_init_weights(), _parameters_to_meta():
+        with initialization.no_init_weights(), _parameters_to_meta(), _LargeTensorsOnMeta():
             model = cls._from_config(config, dtype=dtype, **options)
     except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError, IndexError) as error:
         raise UsageError(
@@ -69,6 +72,22 @@ def _parameters_to_meta() -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+class _LargeTensorsOnMeta(TorchFunctionMode):
+    """Makes large tensors on meta at once: a single fused expert weight can exceed this machine's memory.
+
+    Only parameters are that large: uninitialised tensors from 4 million elements on, filled ones from 67 million on.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty or func in _FILLED:
+            limit = _MAX_EMPTY_ELEMENTS if func is torch.empty else _MAX_FILLED_ELEMENTS
+            size = func(*args, **{**kwargs, "device": "meta"})
+            if size.numel() > limit:
+                return size
+        return func(*args, **kwargs)
 
 
 def _initialise_buffers(model: PreTrainedModel) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.model.slicing.cuts import find_glue, find_layers
-from llmpipe_cli.model.slicing.recorder import PlaceClock, Recorder
+from llmpipe_cli.model.slicing.recorder import AttentionOnMeta, PlaceClock, Recorder
 from llmpipe_cli.model.slicing.structure import Path, describe_result, walk_tensors
 
 Edge = tuple[Any, int]
@@ -133,6 +133,7 @@ def run_forward(model: PreTrainedModel, inputs: dict[str, Tensor]) -> ForwardPas
             stack.enter_context(_hooked(module, before_glue, _named(name, after_glue)))
         stack.enter_context(_all_trainable(model))
         stack.enter_context(recorder)
+        stack.enter_context(AttentionOnMeta())
         enter(0)
         output = model(**inputs, **forward_options(model, inputs))
     if not calls:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
@@ -41,13 +42,23 @@ _FILLED_LIKE = {
     aten.new_zeros.default,
     aten.new_ones.default,
     aten.new_full.default,
-    aten.new_empty.default,
     aten.zeros_like.default,
     aten.ones_like.default,
     aten.full_like.default,
-    aten.empty_like.default,
 }
 _MAX_STAND_IN_ELEMENTS = 2**24
+
+
+def _grouped_result(rows: Tensor, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return rows.new_empty(rows.shape[0], weights.shape[-1])
+
+
+def _histogram_result(values: Tensor, bins: int = 100, *args: Any, **kwargs: Any) -> Tensor:
+    return values.new_empty(bins)
+
+
+_META_RESULTS = {"aten::_grouped_mm": _grouped_result, "aten::histc": _histogram_result}
+"""Results on meta of operations whose own rules for meta tensors accept fewer dtypes than the operations do."""
 
 
 class Recorder(TorchDispatchMode):
@@ -113,7 +124,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) ->
         kwargs = {**kwargs, "device": torch.device("meta")}
     meta_args, meta_kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs))
     try:
-        result = func(*meta_args, **meta_kwargs)
+        result = _META_RESULTS.get(func._schema.name, func)(*meta_args, **meta_kwargs)
     except (NotImplementedError, RuntimeError):
         stand_args, stand_kwargs = tree_map_only(Tensor, _stand_in, (args, _without_meta_device(kwargs)))
         return func(*stand_args, **stand_kwargs)
@@ -147,6 +158,18 @@ def _stand_in(tensor: Tensor) -> Tensor:
     if tensor.dtype is torch.bool:
         return torch.ones(tensor.shape, dtype=tensor.dtype)
     return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+
+class AttentionOnMeta(TorchFunctionMode):
+    """Lets fused attention mix real and meta tensors; it compares their devices before any dispatch mode sees it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention and any(
+            isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs))
+        ):
+            args, kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs))
+        return func(*args, **kwargs)
 
 
 class PlaceClock:
