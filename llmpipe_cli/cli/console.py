@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+_PIPE_WIDTH = 160
 DEBUG_VARIABLE = "LLMPIPE_DEBUG"
 
 
@@ -34,10 +35,11 @@ def stderr() -> Console:
 
 @cache
 def stdout() -> Console:
-    """The console for results."""
+    """The console for results; a pipe has no width that tables would have to keep to."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
+    return Console(highlight=False, width=width)
 
 
 def say(message: str, style: str = "") -> None:

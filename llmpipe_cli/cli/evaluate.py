@@ -53,7 +53,7 @@ def evaluate(
     model = _find(checkpoint, loaded, output_dir)
     jobs.make_launcher(options.launcher)
     found = jobs.devices_for(options)
-    data = jobs.prepare(loaded)
+    data = jobs.prepare(loaded, model)
     plan = jobs.plan_job(
         loaded.recipe,
         data,

@@ -22,7 +22,7 @@ from llmpipe_cli.cli.signals import StopSignals
 from llmpipe_cli.cluster.launchers.base import Job, Launcher, LaunchSpec
 from llmpipe_cli.cluster.outcome import Outcome
 from llmpipe_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, LlmpipeError, UsageError
-from llmpipe_cli.run import MetricsReader, RunDirectory, write_text
+from llmpipe_cli.run import MetricsReader, RunDirectory, read_json, write_text
 
 if TYPE_CHECKING:
     from llmpipe_cli.cluster.devices import Devices
@@ -89,18 +89,59 @@ def load(recipe: Path, overrides: Sequence[str], job: str) -> LoadedRecipe:
     return loaded
 
 
-def prepare(loaded: LoadedRecipe) -> PreparedData | None:
+def prepare(loaded: LoadedRecipe, checkpoint: Path | str | None = None) -> PreparedData | None:
     """The recipe's data, tokenised and packed, with its progress shown; None when the recipe has none.
 
+    Args:
+        loaded: the recipe. When it trains its tokenizer and the text has changed since the checkpoint, its tokenizer
+            becomes the checkpoint's: other ids would mean other words to the model.
+        checkpoint: what the data is for, if there is one.
+
     Raises:
-        UsageError: nothing found, an unreadable line, an empty corpus.
+        UsageError: nothing found, an unreadable line, an empty corpus, another tokenizer than the checkpoint's.
     """
     if loaded.recipe.data.train is None and loaded.recipe.data.validation is None:
         return None
+    data = _prepare(loaded)
+    if checkpoint is not None and _is_other_tokenizer(data.tokenizer_dir, Path(checkpoint)):
+        if isinstance(loaded.recipe.tokenizer, str):
+            raise UsageError(
+                "this is not the tokenizer that the checkpoint was trained with",
+                where=loaded.where("tokenizer"),
+                hint=f"write tokenizer: {checkpoint}",
+            )
+        console.say("warning: the text has changed since the checkpoint was made: its own tokenizer is kept", "yellow")
+        loaded.recipe = loaded.recipe.model_copy(update={"tokenizer": str(checkpoint)})
+        data = _prepare(loaded)
+    for name, split in (("train", data.train), ("validation", data.validation)):
+        if split is not None and split.num_skipped:
+            example = f", the first: {split.skipped_examples[0]}" if split.skipped_examples else ""
+            console.say(f"warning: {split.num_skipped:,} records of data.{name} are left out{example}", "yellow")
+    return data
+
+
+def warn_of_other_data(data: PreparedData | None, checkpoint: Path) -> None:
+    """Say so when training goes on from a checkpoint on other samples than before."""
+    before = RunDirectory(checkpoint.parent.parent).read_plan().get("data") or {}
+    fingerprint = (before.get("train") or {}).get("fingerprint")
+    if data is not None and data.train is not None and fingerprint not in (None, data.train.fingerprint):
+        console.say("warning: the training data is not the one that the checkpoint has seen so far", "yellow")
+
+
+def _prepare(loaded: LoadedRecipe) -> PreparedData:
     from llmpipe_cli.data.prepare import prepare as prepare_data
 
     with places(loaded), console.preparation() as progress:
         return prepare_data(loaded.recipe, loaded.base_dir, progress=progress)
+
+
+def _is_other_tokenizer(directory: str | None, checkpoint: Path) -> bool:
+    """Whether both are fast tokenizers and give their tokens other ids."""
+    vocabularies = [
+        ((read_json(folder / "tokenizer.json") or {}).get("model") or {}).get("vocab")
+        for folder in (Path(directory or ""), checkpoint)
+    ]
+    return None not in vocabularies and vocabularies[0] != vocabularies[1]
 
 
 def devices_for(options: LaunchOptions) -> Devices:

@@ -93,7 +93,9 @@ def _train(loaded: LoadedRecipe, resume: str | None, options: jobs.LaunchOptions
         checkpoint = find_resume(resume, loaded.recipe.name, output_dir)
         console.say(f"goes on from {checkpoint}" if checkpoint else "no checkpoint yet: starts at step 0")
     devices = jobs.devices_for(options)
-    data = jobs.prepare(loaded)
+    data = jobs.prepare(loaded, checkpoint)
+    if checkpoint is not None:
+        jobs.warn_of_other_data(data, checkpoint)
     plan = jobs.plan_job(loaded.recipe, data, devices, job="train", loaded=loaded, checkpoint=checkpoint)
     finished = jobs.run_plan(plan, loaded, output_dir, options)
     if finished is not None:

@@ -77,7 +77,7 @@ def runs_table(rows: list[dict[str, Any]]) -> Table:
     for name in ("step", "loss", "validation"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        of = f"/{row['max_steps']}" if row["max_steps"] else ""
+        of = f"/{row['max_steps']}" if row["max_steps"] and row["job"] == "train" else ""
         table.add_row(
             row["name"],
             row["job"],

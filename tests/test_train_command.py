@@ -1,0 +1,183 @@
+"""The commands as users type them, over real ranks: train, stop, resume on another layout, evaluate, generate."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmpipe_cli.recipe.load import load_recipe
+from llmpipe_cli.report.history import load_history
+from llmpipe_cli.run import RunDirectory, list_runs, read_metrics
+
+ROOT = Path(__file__).parent.parent
+RECIPE = """\
+name: tiny
+model:
+  config: {model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
+           num_key_value_heads: 2, vocab_size: 300, max_position_embeddings: 32}
+tokenizer: {train: {vocab_size: 300}}
+data:
+  train: {files: "corpus/*.txt"}
+  validation: {fraction: 0.2}
+  sequence_len: 32
+train: {max_steps: 6, global_batch_size: 4, micro_batch_size: 1, learning_rate: 1.0e-2, lr_scheduler_type: constant}
+checkpoint: {every_steps: 2}
+evaluation: {every_steps: 3}
+"""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with a recipe, a small corpus and its own cache; the tests below use it in turn."""
+    path = tmp_path_factory.mktemp("work")
+    (path / "tiny.yaml").write_text(RECIPE)
+    (path / "corpus").mkdir()
+    for number in range(20):
+        text = " ".join(f"the {(number * word) % 17}th fox of the corpus jumps over dog {word}." for word in range(40))
+        (path / "corpus" / f"{number}.txt").write_text(text)
+    return path
+
+
+def llmpipe(folder: Path, *arguments: str, exit_code: int = 0) -> subprocess.CompletedProcess[str]:
+    process = subprocess.run(
+        command(*arguments), capture_output=True, text=True, check=False, cwd=folder, env=environment(folder)
+    )
+    assert process.returncode == exit_code, process.stderr
+    assert "Traceback" not in process.stderr
+    return process
+
+
+def llmpipe_json(folder: Path, *arguments: str, exit_code: int = 0) -> dict[str, Any]:
+    document = json.loads(llmpipe(folder, *arguments, "--json", exit_code=exit_code).stdout)
+    assert isinstance(document, dict)
+    return document
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "llmpipe_cli", *arguments]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    added = {"LLMPIPE_CACHE": str(folder / "cache"), "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **added, "OMP_NUM_THREADS": "1"}
+
+
+def test_dry_run_starts_nothing(folder: Path) -> None:
+    document = llmpipe_json(folder, "train", "tiny.yaml", "--dry-run", "--env", "MY_API_KEY=secret")
+    assert document["layout"]["pipeline"] == 2
+    assert document["layout"]["num_micro_batches"] == 4
+    node = document["commands"][0]
+    assert "--nproc-per-node=2" in node["argv"]
+    assert node["environment"]["MY_API_KEY"] == "********"
+    assert document["deepspeed_config"]["train_batch_size"] == 4
+    assert not (folder / "runs").exists()
+
+
+def test_train_leaves_a_whole_run_directory(folder: Path) -> None:
+    document = llmpipe_json(folder, "train", "tiny.yaml")
+    run = RunDirectory(Path(document["run"]))
+    assert (document["state"], document["exit_code"], document["step"]) == ("done", 0, 6)
+    assert Path(document["checkpoint"]) == run.checkpoint(6)
+    assert run.steps_saved() == [2, 4, 6]
+    assert Path(document["plot"]).read_bytes().startswith(b"\x89PNG")
+    steps = [line for line in read_metrics(run.metrics) if "event" not in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert steps[-1]["loss"] == document["loss"] < steps[0]["loss"]
+    assert len(steps[-1]["stages"]) == 2
+    assert run.recipe.read_text() == RECIPE
+    locked = load_recipe(run.recipe_lock).recipe
+    assert locked.train.micro_batch_size == 1
+    assert "torch.distributed.run" in run.launch_script.read_text()
+    assert [path.name for path in run.log_files()] == ["rank-00000.log", "rank-00001.log"]
+
+
+def test_resume_on_another_layout_goes_on_with_the_same_curve(folder: Path) -> None:
+    whole = list_runs(folder / "runs")[0]
+    checkpoint = str(whole.checkpoint(2))
+    document = llmpipe_json(folder, "train", "tiny.yaml", "--resume", checkpoint, "--set", "parallel.pipeline=1")
+    resumed = RunDirectory(Path(document["run"]))
+    assert resumed != whole
+    history, undisturbed = load_history(resumed), load_history(whole)
+    assert [part.layout for part in history.parts] == ["2 stages", "1 device"]
+    assert [step for step, _ in history.train] == [1, 2, 3, 4, 5, 6]
+    for (_, mine), (_, theirs) in zip(history.train, undisturbed.train, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    report = llmpipe_json(folder, "runs", "report", resumed.name, "--compare", whole.name, "-o", "compare.png")
+    assert report["comparisons"][0]["num_steps"] == 6
+    assert report["comparisons"][0]["max_relative_difference"] < 1e-5
+    assert (folder / "compare.png").is_file()
+
+
+def test_sigterm_saves_and_stops(folder: Path) -> None:
+    process = subprocess.Popen(
+        command("train", "tiny.yaml", "--set", "train.max_steps=5000", "--set", "name=long"),
+        cwd=folder,
+        env=environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    end = time.monotonic() + 120
+    while not any(run.recipe_name == "long" and run.steps_saved() for run in list_runs(folder / "runs")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert "stopped on request; go on with `--resume auto`" in err
+    stopped = RunDirectory.find("long", folder / "runs")
+    assert stopped.status()["state"] == "stopped"
+    last = [line for line in read_metrics(stopped.metrics) if "event" not in line][-1]
+    assert stopped.steps_saved()[-1] == last["step"], "the step it was stopped at is saved"
+
+
+def test_changed_text_keeps_the_tokenizer_of_the_checkpoint(folder: Path) -> None:
+    run = list_runs(folder / "runs")[0]
+    evaluations = [line for line in read_metrics(run.metrics) if line.get("event") == "evaluation"]
+    extra = folder / "corpus" / "extra.txt"
+    extra.write_text("quizzical " * 3000)
+    try:
+        process = llmpipe(folder, "evaluate", "tiny.yaml", "--checkpoint", run.name, "--json")
+    finally:
+        extra.unlink()
+    assert "its own tokenizer is kept" in process.stderr
+    # With a tokenizer trained on the changed text the loss would be that of an untrained model, log 300.
+    assert json.loads(process.stdout)["metrics"]["loss"] == pytest.approx(evaluations[-1]["metrics"]["loss"], rel=0.1)
+
+
+def test_generate_goes_on_from_prompts(folder: Path) -> None:
+    (folder / "prompts.jsonl").write_text('{"prompt": "the fox"}\n\n{"prompt": "over dog"}\n')
+    document = llmpipe_json(folder, "generate", "tiny", "--prompts", "prompts.jsonl", "--max-new-tokens", "4")
+    assert [result["prompt"] for result in document["generations"]] == ["the fox", "over dog"]
+    assert all(result["text"] for result in document["generations"])
+
+
+def test_runs_are_listed(folder: Path) -> None:
+    rows = llmpipe_json(folder, "runs", "ls")["runs"]
+    assert [row["state"] for row in rows if row["job"] == "train"] == ["done", "done", "stopped"]
+    assert {row["job"] for row in rows} == {"train", "evaluate", "generate"}
+    text = llmpipe(folder, "runs", "logs", "tiny", "--rank", "0").stdout
+    assert text == RunDirectory.find("tiny", folder / "runs").rank_log(0).read_text()
+    llmpipe(folder, "runs", "show", "tiny", "--svg", "view.svg")
+    assert (folder / "view.svg").read_text().startswith("<svg")
+
+
+def test_mistakes_in_data_are_told_before_any_rank_starts(folder: Path) -> None:
+    before = len(list_runs(folder / "runs"))
+    process = llmpipe(folder, "train", "tiny.yaml", "--set", "data.train.files=none/*.txt", exit_code=2)
+    assert "none/*.txt" in process.stderr
+    process = llmpipe(folder, "train", "tiny.yaml", "--set", "parallel.pipeline=9", exit_code=2)
+    assert "9 stages, but the model can be cut into" in process.stderr
+    assert "at --set parallel.pipeline=9 (parallel.pipeline)" in process.stderr
+    assert len(list_runs(folder / "runs")) == before
