@@ -87,7 +87,8 @@ class _Blocks(LossPass):
 class _Windows(LossPass):
     """One row a window of a document. Windows end at every multiple of `sequence_len` tokens and at the document's end;
     a window's input is the `sequence_len` tokens before its last target, so only the last window, which may have few
-    targets, sees more than one token of its predecessor."""
+    targets, sees more than one token of its predecessor. `max_samples` takes whole documents as far as they fit, or
+    else the first windows of the first, with its words and bytes in proportion."""
 
     name = "windows"
 
@@ -97,11 +98,17 @@ class _Windows(LossPass):
         counts = np.asarray(documents.counts["input_ids"])
         self.last_rows = np.cumsum(-(-counts // task.sequence_len))
         num_documents = len(documents)
-        if max_samples is not None:  # whole documents: their words and bytes cannot be split
-            num_documents = max(1, int(np.searchsorted(self.last_rows, max_samples, side="right")))
-        self.num_words = int(documents.words[:num_documents].sum())
-        self.num_bytes = int(documents.bytes[:num_documents].sum())
-        super().__init__(int(self.last_rows[num_documents - 1]), micro_batch_size)
+        share = 1.0
+        if max_samples is not None:
+            num_documents = int(np.searchsorted(self.last_rows, max_samples, side="right"))
+            if num_documents == 0:  # not even the first document fits: as many words and bytes as tokens of it
+                num_documents = 1
+                share = max_samples * task.sequence_len / int(counts[0])
+        self.num_words = float(documents.words[:num_documents].sum()) * share
+        self.num_bytes = float(documents.bytes[:num_documents].sum()) * share
+        num_rows = int(self.last_rows[num_documents - 1]) if share == 1 else max_samples
+        assert num_rows is not None
+        super().__init__(num_rows, micro_batch_size)
         self.task = task
         self.documents = documents
         self.prefix = prefix
