@@ -5,6 +5,9 @@ Each case cuts at every boundary, so that every segment is a stage alone, with a
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from tiny_models import Pipeline, assert_same, run_whole, tiny_config, tiny_inputs, tiny_model
 
@@ -86,3 +89,10 @@ def test_two_and_three_stages(task: str, model_type: str) -> None:
     last = plan.num_segments
     for cuts in ([], [1], [last // 2], [last - 1], [last // 3, 2 * last // 3], [2, last - 2]):
         assert_same(Pipeline(model, plan, cuts).run(inputs), expected)
+
+
+def test_the_documentation_lists_what_is_tested() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    sections = text.split("\n## ")[1:]
+    listed = [re.findall(r"`([^`]+)`", section) for section in sections]
+    assert listed == [CAUSAL_LM, CLASSIFICATION, MASKED_LM, TRANSLATION]

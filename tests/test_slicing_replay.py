@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from llmpipe_cli.errors import RankError, UsageError
 from llmpipe_cli.model.auto import example_inputs, model_class
-from llmpipe_cli.model.slicing import SlicePlan, StageReplay, trace, trace_config
+from llmpipe_cli.model.slicing import SlicePlan, StageReplay, trace, trace_config, whole_plan
+from llmpipe_cli.model.slicing.trace import NotSliceableError
 from llmpipe_cli.model.stage import build_stage
 
 
@@ -204,6 +205,8 @@ def test_large_config_is_traced_without_its_size() -> None:
         ("reformer", {}, "ReformerOutput"),
         ("hrm_text", {}, "without gradient"),
         ("mixtral", {"output_router_logits": True}, "that .* does not return"),
+        ("gemma3n_text", {"num_kv_shared_layers": 2}, "that .* does not return"),
+        ("squeezebert", {}, "never calls the layers"),
     ],
 )
 def test_unsliceable_models_are_refused_by_name(model_type: str, changes: dict[str, Any], reason: str) -> None:
@@ -215,10 +218,38 @@ def test_unsliceable_models_are_refused_by_name(model_type: str, changes: dict[s
             "feed_forward_size": 48,
             "attention_head_size": 8,
         }
-    config = tiny_config(model_type, **changes)
+    task = "masked-lm" if model_type == "squeezebert" else "causal-lm"
+    config = tiny_config(model_type, task, **changes)
     with pytest.raises(UsageError, match=reason) as caught:
-        trace_config(model_class(config, "causal-lm"), config, "causal-lm")
+        trace_config(model_class(config, task), config, task)
     assert f"({model_type})" in caught.value.message
+    assert isinstance(caught.value, NotSliceableError)
+
+
+def test_a_model_that_is_not_cut_runs_on_one_stage() -> None:
+    config = tiny_config("mixtral", output_router_logits=True)
+    model = tiny_model(config, "causal-lm")
+    plan = whole_plan(type(model), config)
+    inputs = tiny_inputs("causal-lm")
+    expected = run_whole(model, inputs)
+    assert_same(Pipeline(model, plan, []).run(inputs), expected)
+    assert plan.owners.keys() == dict(model.named_parameters()).keys()
+
+
+@pytest.mark.parametrize(
+    ("task", "model_type", "positions"),
+    [
+        ("causal-lm", "gpt2", 64),
+        ("masked-lm", "roberta", 63),
+        ("translation", "bart", 64),
+        ("translation", "marian", 64),
+    ],
+)
+def test_sequences_beyond_the_table_of_positions_are_refused(task: str, model_type: str, positions: int) -> None:
+    config = tiny_config(model_type, task)
+    trace_config(model_class(config, task), config, task, sequence_len=positions)
+    with pytest.raises(UsageError, match=f"{positions + 1} tokens are longer than the model's {positions} positions"):
+        trace_config(model_class(config, task), config, task, sequence_len=positions + 1)
 
 
 def test_another_order_of_layers_is_an_error() -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from llmpipe_cli.data.prepared import PreparedData
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.model.auto import load_config, model_class, resolve_weights
-from llmpipe_cli.model.slicing.trace import trace_config
+from llmpipe_cli.model.slicing.trace import NotSliceableError, trace_config, whole_plan
 from llmpipe_cli.plan.layout import choose_layout, choose_micro_batch_size, choose_zero_stage
 from llmpipe_cli.plan.partition import balance
 from llmpipe_cli.plan.plan import Job, Layout, Plan, TrainingSettings
@@ -60,13 +60,18 @@ def make_plan(
     if labels is not None:
         config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
     cls = model_class(config, recipe.task)
-    slice_plan = trace_config(
-        cls,
-        config,
-        recipe.task,
-        sequence_len=recipe.data.sequence_len,
-        attn_implementation=section.attn_implementation,
-    )
+    try:
+        slice_plan = trace_config(
+            cls,
+            config,
+            recipe.task,
+            sequence_len=recipe.data.sequence_len,
+            attn_implementation=section.attn_implementation,
+        )
+    except NotSliceableError:
+        if recipe.parallel.pipeline != 1:
+            raise
+        slice_plan = whole_plan(cls, config)
     layout = choose_layout(recipe, num_devices, device, slice_plan.num_segments)
     bounds = _partition(recipe, layout, slice_plan.flops(recipe.data.sequence_len))
     micro_batch_size, num_micro_batches = choose_micro_batch_size(recipe, layout)

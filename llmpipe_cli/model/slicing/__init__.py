@@ -2,6 +2,6 @@
 
 from llmpipe_cli.model.slicing.plan import SlicePlan
 from llmpipe_cli.model.slicing.replay import StageReplay
-from llmpipe_cli.model.slicing.trace import trace, trace_config
+from llmpipe_cli.model.slicing.trace import trace, trace_config, whole_plan
 
-__all__ = ["SlicePlan", "StageReplay", "trace", "trace_config"]
+__all__ = ["SlicePlan", "StageReplay", "trace", "trace_config", "whole_plan"]

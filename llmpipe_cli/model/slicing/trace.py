@@ -17,15 +17,20 @@ from llmpipe_cli.errors import UsageError
 from llmpipe_cli.model.auto import example_inputs
 from llmpipe_cli.model.skeleton import all_names, build_skeleton, replace_parameter
 from llmpipe_cli.model.slicing.assemble import assemble_plan
+from llmpipe_cli.model.slicing.cuts import find_glue, find_layers
 from llmpipe_cli.model.slicing.forward import run_forward
-from llmpipe_cli.model.slicing.plan import SlicePlan
+from llmpipe_cli.model.slicing.plan import Segment, SlicePlan
 from llmpipe_cli.model.slicing.walk import cut_segments
 
 logger = logging.getLogger(__name__)
 
 _TRACE_LEN = 16
-_MAX_COUNTED_LEN = 256  # counting operations at greater lengths changes nothing and takes long in recurrent models
+_MAX_COUNTED_LEN = 128  # counting operations at greater lengths changes nothing and takes long in recurrent models
 _MAX_REAL_ELEMENTS = 2**25
+
+
+class NotSliceableError(UsageError):
+    """The model cannot be cut into stages; it can still be trained on one."""
 
 
 def trace(model: PreTrainedModel, inputs: dict[str, Tensor]) -> SlicePlan:
@@ -38,13 +43,13 @@ def trace(model: PreTrainedModel, inputs: dict[str, Tensor]) -> SlicePlan:
         inputs: keyword arguments of its forward, labels among them; int64 [batch, sequence_len] each.
 
     Raises:
-        UsageError: the model cannot be sliced; the message says why.
+        NotSliceableError: the model cannot be sliced; the message says why.
     """
     model_type = model.config.model_type
     try:
         return assemble_plan(model, run_forward(model, inputs))
     except UsageError as error:
-        raise UsageError(
+        raise NotSliceableError(
             f"{type(model).__name__} ({model_type}) cannot be cut into pipeline stages: {error.message}",
             hint=error.hint or "train it on one stage (parallel.pipeline: 1) or choose another architecture",
         ) from error
@@ -55,7 +60,7 @@ def trace_config(
     config: PreTrainedConfig,
     task: str,
     *,
-    sequence_len: int = 128,
+    sequence_len: int | None = None,
     attn_implementation: str = "auto",
 ) -> SlicePlan:
     """Find the slice plan of a model that is too large to build, from its config.
@@ -67,14 +72,18 @@ def trace_config(
         cls: the model class.
         config: its config.
         task: decides the example inputs.
-        sequence_len: length near which operations are counted, 256 at most; other lengths follow from that.
+        sequence_len: tokens a sample, None if not known. Operations are counted near it, at 128 at most; other lengths
+            follow from that.
         attn_implementation: as in the recipe; flash attention is traced as sdpa.
 
     Raises:
-        UsageError: the model cannot be sliced; the message says why.
+        NotSliceableError: the model cannot be sliced; the message says why.
+        UsageError: its forward fails, or it is made for shorter sequences.
     """
     attention = "sdpa" if attn_implementation.startswith("flash") else attn_implementation
     model = build_skeleton(cls, config, attn_implementation=attention)
+    if sequence_len is not None:
+        _check_length(model, sequence_len)
     inputs = example_inputs(config, task, 2, min(_TRACE_LEN, _max_positions(config)))
     try:
         plan = trace(model, inputs)
@@ -90,7 +99,44 @@ def trace_config(
         except Exception as second:
             reason = " ".join(str(second).split())
             raise UsageError(f"the forward of {cls.__name__} fails: {type(second).__name__}: {reason}") from second
-    return _count_operations(model, plan, config, task, min(sequence_len, _MAX_COUNTED_LEN, _max_positions(config)))
+    return _count_operations(
+        model, plan, config, task, min(sequence_len or _MAX_COUNTED_LEN, _MAX_COUNTED_LEN, _max_positions(config))
+    )
+
+
+def whole_plan(cls: type[PreTrainedModel], config: PreTrainedConfig) -> SlicePlan:
+    """The plan of a model that is not cut: one segment with everything, for one stage.
+
+    Works for every model. Activation checkpointing has no layers to act on; operations are estimated from the weights.
+    """
+    model = build_skeleton(cls, config)
+    parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    saved = set(model.state_dict())
+    num_parameters = sum(parameters.values())
+    return SlicePlan(
+        model_type=config.model_type,
+        segments=(Segment("model", "pre", tuple(parameters), num_parameters, flops_per_token=2.0 * num_parameters),),
+        boundaries=(),
+        calls=(),
+        sides=(),
+        layers=(),
+        ties={name: names[1:] for name, names in all_names(model).items() if len(names) > 1},
+        buffers={name: 0 for name, _ in model.named_buffers() if name in saved},
+    )
+
+
+def _check_length(model: nn.Module, sequence_len: int) -> None:
+    """A table of positions cannot be read beyond its end."""
+    for name, module in find_glue(model, find_layers(model)).items():
+        own_name = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ("pos" in own_name or own_name == "wpe"):
+            reserved = module.padding_idx + 1 if module.padding_idx is not None else int(getattr(module, "offset", 0))
+            positions = module.num_embeddings - reserved
+            if sequence_len > positions:
+                raise UsageError(
+                    f"sequences of {sequence_len} tokens are longer than the model's {positions} positions",
+                    hint=f"set data.sequence_len to {positions} at most, or raise it in model.config",
+                )
 
 
 def _max_positions(config: PreTrainedConfig) -> int:
