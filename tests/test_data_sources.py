@@ -167,8 +167,6 @@ def test_malformed_csv(tmp_path: Path) -> None:
     ("name", "content", "place", "message"),
     [
         ("a.txt", b"one\ntwo\nth\xe9ree\n", ":3", "not UTF-8: byte 0xe9"),
-        ("a.txt", b" \n\n", ":1", "is empty"),
-        ("a.txt", b"", ":1", "is empty"),
         ("a.csv", b"", ":1", "is empty"),
         ("a.parquet", b"nothing of the kind", "", "not a parquet file"),
         ("a.jsonl.gz", b"nothing of the kind", "", "broken gzip file"),
@@ -188,6 +186,18 @@ def test_malformed_files(tmp_path: Path, name: str, content: bytes, place: str, 
     records = list(FileSource([path, good]).records(TEXT, skipped))
     assert records[-1].texts == ("good",)
     assert skipped.num_skipped == 1
+
+
+def test_empty_text_files_are_counted_and_no_mistake(tmp_path: Path) -> None:
+    paths = [
+        write(tmp_path / "__init__.py", ""),
+        write(tmp_path / "a.py", TEXTS[0]),
+        write(tmp_path / "b.txt", " \n\n"),
+    ]
+    skipped = SkipLog("stop")
+    assert [record.texts[0] for record in FileSource(paths).records(TEXT, skipped)] == [TEXTS[0]]
+    assert skipped.num_skipped == 2
+    assert skipped.examples == [f"{paths[0]}:1: the file is empty", f"{paths[2]}:1: the file is empty"]
 
 
 def test_a_long_text_file_that_is_not_utf8_is_skipped_whole(tmp_path: Path) -> None:

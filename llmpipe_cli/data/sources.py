@@ -3,7 +3,7 @@
 A source is a list of files (text: one document a file; JSON Lines, CSV and parquet: one record a line or row; each
 optionally compressed with gzip) or a dataset that `datasets` opens. Every source checks its records: the fields that
 the task needs exist, hold text, and are not empty. A malformed record is a `UsageError` with file and line, or with
-`on_error: skip` it is counted in a `SkipLog` and left out.
+`on_error: skip` it is counted in a `SkipLog` and left out. A text file without any text is always left out and counted.
 
 A text file of any size is read in pieces, so that a corpus in a single file needs no more memory than one in many. A
 piece ends between a letter or digit and the white space that follows, where tokenizers begin a new token anyway.
@@ -83,6 +83,10 @@ class SkipLog:
         if self.on_error == "stop":
             hint = "`on_error: skip` under the data source leaves such records out and counts them"
             raise UsageError(error.message, where=error.where, hint=f"{error.hint}; or {hint}" if error.hint else hint)
+        self.leave_out(error)
+
+    def leave_out(self, error: UsageError) -> None:
+        """Counts a record that is left out."""
         self.num_skipped += 1
         if len(self.examples) < _NUM_KEPT_EXAMPLES:
             self.examples.append(f"{error.where}: {error.message}")
@@ -308,7 +312,8 @@ def _read_text(path: Path, binary: IO[bytes], fields: Fields, skipped: SkipLog) 
             skipped.report(_not_utf8(path, 1 + head.count(b"\n", 0, error.start), error))
             return
         if not text.strip():
-            skipped.report(UsageError("the file is empty", where=f"{path}:1"))
+            # no mistake: source trees are full of empty files
+            skipped.leave_out(UsageError("the file is empty", where=f"{path}:1"))
             return
         yield Record(f"{path}:1", (text,), digest=_digest(text))
         return
