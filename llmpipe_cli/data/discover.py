@@ -83,10 +83,10 @@ def _match(pattern: str, base_dir: Path) -> tuple[str, list[str]]:
     for folder in (Path.cwd(), base_dir.resolve()):
         full = str(folder / expanded)  # an absolute pattern stays as it is
         matches = glob.glob(full, recursive=True)  # noqa: PTH207  (Path.glob takes no absolute pattern)
-        paths = [os.path.normpath(path) for path in matches if Path(path).is_file()]
         if inside_stdlib:
             skipped = tuple(str(stdlib_dir() / name) + os.sep for name in _PACKAGE_FOLDERS)
-            paths = [path for path in paths if not path.startswith(skipped)]
+            matches = [path for path in matches if not path.startswith(skipped)]
+        paths = [os.path.normpath(path) for path in matches if Path(path).is_file()]
         if paths:
             return _fixed_part(full), paths
     return "", []

@@ -73,13 +73,10 @@ class _Preparation:
             self.validation = self.train
         self.sources: dict[str, Source] = {}
         for name, section in (("train", self.train), ("validation", self.validation)):
-            if section is not None and not section.synthetic:
-                self.sources[name] = open_source(
-                    section,
-                    base_dir,
-                    where="data.train" if self.held_out is not None else f"data.{name}",
-                    default_split=name,
-                )
+            if section is not None and section is self.train and "train" in self.sources:
+                self.sources[name] = self.sources["train"]
+            elif section is not None and not section.synthetic:
+                self.sources[name] = open_source(section, base_dir, where=f"data.{name}", default_split=name)
 
     def run(self) -> PreparedData:
         if self.train is None and self.validation is None:
