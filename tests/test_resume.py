@@ -15,6 +15,7 @@ from rank_pool import RankPool
 from transformers import AutoModelForCausalLM
 
 from llmpipe_cli.engine.manifest import verify
+from llmpipe_cli.errors import UsageError
 from llmpipe_cli.run import RunDirectory, read_metrics
 
 STDLIB = sysconfig.get_paths()["stdlib"]
@@ -139,6 +140,28 @@ def test_replicas_write_each_tensor_once(undisturbed: dict[str, RunDirectory]) -
 def test_resumed_run_may_train_longer(job: Job, undisturbed: dict[str, RunDirectory], pool: RankPool) -> None:
     resumed = job.train(pool, resume=undisturbed["2"].checkpoint(6), parallel=LAYOUTS["2"], train__max_steps=8)
     assert [line["step"] for line in steps(resumed)] == [7, 8]
+
+
+def test_stop_at_a_step(job: Job, undisturbed: dict[str, RunDirectory], pool: RankPool) -> None:
+    run = job.start(job.plan(parallel=LAYOUTS["2"]).stopping_at(2))
+    assert pool.run(run, 2) == [75, 75]
+    assert losses(run) == losses(undisturbed["2"])[:2]
+    resumed = job.train(pool, resume=run.checkpoint(2), parallel=LAYOUTS["1"])
+    assert losses(resumed) == pytest.approx(losses(undisturbed["1"])[2:], rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "value"), [("global_batch_size", 16), ("seed", 5)])
+def test_what_decides_the_samples_must_stay(
+    name: str, value: int, job: Job, undisturbed: dict[str, RunDirectory]
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        job.plan(resume=undisturbed["1"].checkpoint(3), **{f"train__{name}": value})
+    assert caught.value.where == f"train.{name}"
+
+
+def test_auto_micro_batch_size_is_kept(job: Job, undisturbed: dict[str, RunDirectory]) -> None:
+    plan = job.plan(resume=undisturbed["1"].checkpoint(3), train__micro_batch_size="auto", parallel=LAYOUTS["1"])
+    assert plan.micro_batch_size == 1
 
 
 def test_stop_request_saves_and_goes_on(

@@ -34,6 +34,15 @@ ResumeOption = Annotated[
         help="Go on from a checkpoint, on any layout: auto takes this recipe's newest, or starts at step 0.",
     ),
 ]
+StopAtOption = Annotated[
+    int | None,
+    typer.Option(
+        "--stop-at",
+        metavar="STEP",
+        min=1,
+        help="Save and stop after this step, with exit code 75; the learning rate follows the whole training.",
+    ),
+]
 FromOption = Annotated[
     str,
     typer.Option(
@@ -46,6 +55,7 @@ def train(
     recipe: RecipeArgument,
     set_: SetOption = None,
     resume: ResumeOption = None,
+    stop_at: StopAtOption = None,
     devices: DevicesOption = None,
     launcher: LauncherOption = "local",
     env: EnvOption = None,
@@ -58,7 +68,7 @@ def train(
     Ctrl-C once saves and stops (exit code 75, go on with --resume auto); twice stops at once.
     """
     options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, jobs.read_environment(env), grace_seconds)
-    _train(jobs.load(recipe, set_ or [], "train"), resume, options)
+    _train(jobs.load(recipe, set_ or [], "train"), resume, stop_at, options)
 
 
 def finetune(
@@ -66,6 +76,7 @@ def finetune(
     from_: FromOption,
     set_: SetOption = None,
     resume: ResumeOption = None,
+    stop_at: StopAtOption = None,
     devices: DevicesOption = None,
     launcher: LauncherOption = "local",
     env: EnvOption = None,
@@ -80,10 +91,10 @@ def finetune(
     model = find_model(from_, Path("runs"))
     # What is given with --from replaces the recipe's own model and tokenizer; --set comes last and still wins.
     overrides = ["model.config=null", f"model.from={json.dumps(str(model))}", "tokenizer=null", *(set_ or [])]
-    _train(jobs.load(recipe, overrides, "train"), resume, options)
+    _train(jobs.load(recipe, overrides, "train"), resume, stop_at, options)
 
 
-def _train(loaded: LoadedRecipe, resume: str | None, options: jobs.LaunchOptions) -> None:
+def _train(loaded: LoadedRecipe, resume: str | None, stop_at: int | None, options: jobs.LaunchOptions) -> None:
     jobs.make_launcher(options.launcher)
     output_dir = Path(loaded.recipe.output_dir)
     checkpoint = None
@@ -97,6 +108,8 @@ def _train(loaded: LoadedRecipe, resume: str | None, options: jobs.LaunchOptions
     if checkpoint is not None:
         jobs.warn_of_other_data(data, checkpoint)
     plan = jobs.plan_job(loaded.recipe, data, devices, job="train", loaded=loaded, checkpoint=checkpoint)
+    if stop_at is not None:
+        plan = plan.stopping_at(stop_at)
     finished = jobs.run_plan(plan, loaded, output_dir, options)
     if finished is not None:
         _summarise(finished, options)

@@ -45,6 +45,8 @@ class TrainingSettings(_Frozen):
     """Optimizer steps a pass over the training data; 0 for endless data."""
     resume_from: str | None = None
     """Checkpoint directory to go on from."""
+    stop_at: int | None = None
+    """Step after which to save and stop as if asked to."""
 
 
 class Plan(_Frozen):
@@ -86,6 +88,11 @@ class Plan(_Frozen):
     def num_global_micro_batches(self) -> int:
         """Micro-batches a step over all replicas."""
         return self.num_micro_batches * self.layout.data
+
+    def stopping_at(self, step: int) -> Plan:
+        """The same plan, but training saves and stops after `step`."""
+        assert self.training is not None
+        return self.model_copy(update={"training": self.training.model_copy(update={"stop_at": step})})
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmpipe_cli.data.prepared import PreparedData
+from llmpipe_cli.engine.manifest import training_state
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.model.auto import load_config, model_class, resolve_weights
 from llmpipe_cli.model.slicing.trace import NotSliceableError, trace_config, whole_plan
@@ -48,6 +49,8 @@ def make_plan(
         PreflightError: the machine has too few devices.
     """
     section = recipe.model
+    if checkpoint is not None and job == "train":
+        recipe = _going_on(recipe, training_state(checkpoint))
     if checkpoint is not None:
         section = section.model_copy(update={"config": None, "from_": str(checkpoint), "revision": None})
     vocab_size = data.vocab_size if data is not None and data.tokenizer_dir is not None else None
@@ -107,6 +110,24 @@ def _set_special_tokens(config: Any, given: dict[str, Any], ids: dict[str, int])
     for name in ("bos", "eos", "pad"):
         if f"{name}_token_id" not in given:
             setattr(config, f"{name}_token_id", ids.get(name))
+
+
+def _going_on(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
+    """The recipe for going on from a checkpoint: what decides the order of samples must stay as it was."""
+    train = recipe.train
+    for name in ("global_batch_size", "seed"):
+        if getattr(train, name) != saved[name]:
+            raise UsageError(
+                f"the checkpoint was trained with {name} {saved[name]}, the recipe says {getattr(train, name)}: "
+                "samples would be repeated or left out",
+                where=f"train.{name}",
+                hint=f"write {name}: {saved[name]}, or start a new training with `llmpipe finetune --from`",
+            )
+    if train.micro_batch_size != "auto":
+        return recipe
+    # Dropout and masking depend on the micro-batch: what auto once chose is kept on every layout.
+    kept = train.model_copy(update={"micro_batch_size": saved["micro_batch_size"]})
+    return recipe.model_copy(update={"train": kept})
 
 
 def _partition(recipe: Recipe, layout: Layout, costs: list[float]) -> list[int]:

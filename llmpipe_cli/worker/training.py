@@ -96,7 +96,7 @@ class _Training:
             self._evaluate()
         saved_step, stopped = self.position.step, False
         while self.position.step < self.settings.max_steps and not stopped:
-            stopped = self._step()
+            stopped = self._step() or self.position.step == self.settings.stop_at
             last = self.position.step == self.settings.max_steps
             improved = False
             if last or _is_due(self.position.step, self.recipe.evaluation.every_steps):
