@@ -12,10 +12,14 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from llmpipe_cli.run import RunDirectory, read_json
+
+_GOOD = (0, 75)
+_GRACE_SECONDS = 10
 
 
 class RankPool:
@@ -26,20 +30,21 @@ class RankPool:
         self._members: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> RankPool:
-        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        for _ in range(self.size):
-            self._members.append(
-                subprocess.Popen(
-                    [sys.executable, __file__],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    env=environment,
-                )
-            )
+        self._start()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._stop()
+
+    def _start(self) -> None:
+        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, __file__]
+        self._members = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+            for _ in range(self.size)
+        ]
+
+    def _stop(self) -> None:
         for member in self._members:
             member.kill()
             member.wait()
@@ -55,7 +60,17 @@ class RankPool:
             assert member.stdin is not None
             member.stdin.write(json.dumps(job) + "\n")
             member.stdin.flush()
-        return [_answer(member) for member in members]
+        with ThreadPoolExecutor(num_ranks) as threads:
+            answers = [threads.submit(_answer, member) for member in members]
+            while not all(answer.done() for answer in answers):
+                wait(answers, timeout=0.2, return_when=FIRST_COMPLETED)
+                if any(answer.done() and answer.result() not in _GOOD for answer in answers):
+                    # The others may wait for the failed one for ever.
+                    wait(answers, timeout=_GRACE_SECONDS)
+                    self._stop()
+                    self._start()
+                    break
+            return [answer.result() for answer in answers]
 
     def run_well(self, run: RunDirectory, num_ranks: int) -> None:
         """Run the plan and fail with the first rank's traceback unless every rank ended with 0."""
@@ -67,11 +82,12 @@ class RankPool:
 
 
 def _answer(member: subprocess.Popen[str]) -> int:
+    """The member's exit code; -1 when it died without one."""
     assert member.stdout is not None
     for line in member.stdout:
         if line.startswith("EXIT "):
             return int(line.split()[1])
-    raise AssertionError("a member of the rank pool died")
+    return -1
 
 
 def _serve() -> None:
