@@ -140,10 +140,20 @@ class GraphWalk:
         return consumers
 
     def _candidates(self, cut: Cut) -> list[Value]:
-        """Tensors that the boundary before `cut` can carry: all that depend on parameters."""
+        """Tensors that the boundary before `cut` can carry: all that depend on parameters or were made in a layer."""
         call = self.seen.calls[cut.call]
         values = call.arguments if cut.at == "call" else call.results
-        return [value for value in values if value.edge is not None or value.derived]
+        made = self._made_in_layers(cut.call if cut.at == "call" else cut.call + 1)
+        return [value for value in values if value.edge is not None or value.derived or id(value.tensor) in made]
+
+    def _made_in_layers(self, num_calls: int) -> set[int]:
+        """Results of the first layer calls that are not arguments passed through: T5's bias of a cross attention, say,
+        which depends on nothing but is made by the first layer that needs it."""
+        made: set[int] = set()
+        for call in self.seen.calls[:num_calls]:
+            given = {id(value.tensor) for value in call.arguments}
+            made |= {id(value.tensor) for value in call.results} - given
+        return made
 
     def _walk(self, index: int, ends: list[Edge], carried: set[Edge]) -> set[Edge]:
         """Walk segment `index` from its results to what it needs; returns the carried edges that it reaches."""
