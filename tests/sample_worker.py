@@ -26,13 +26,11 @@ def main() -> int:
         encoding="utf-8",
         errors="surrogateescape",
     )
+    stop: list[int] = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
     if action == "raise":
         time.sleep(0.3)
         return fail(run, rank, ValueError("the data of rank 1 is bad"))
-    if action == "follow":
-        while not (run / "logs" / "rank-00001.error.json").exists():
-            time.sleep(0.02)
-        return fail(run, rank, RuntimeError("Connection closed by peer [127.0.0.1]:4242"))
     if action == "early follower":
         return fail(run, rank, RuntimeError("[gloo] Connection reset by peer"))
     if action == "die at once":
@@ -47,12 +45,11 @@ def main() -> int:
             os._exit(0)
         (run / "logs" / "grandchild.pid").write_text(str(os.getpid()))
         time.sleep(600)
-    stop = []
-    if action != "ignore":
-        signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
     while not stop and not ((run / "control" / "stop").exists() and action != "ignore"):
         time.sleep(0.02)
-    time.sleep(0.3 * rank)  # ranks never end at the same moment
+    # Ranks never end at the same moment, and an interpreter that is shutting down no longer handles signals.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if action == "ignore" else signal.SIG_DFL)
+    time.sleep(0.6 * rank)
     (run / "logs" / f"saved-{rank}").touch()
     return 75
 

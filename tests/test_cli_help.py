@@ -25,6 +25,7 @@ COMMANDS = [
     ["runs", "show"],
     ["runs", "logs"],
     ["runs", "report"],
+    ["runs", "cancel"],
 ]
 
 ALL_HELP = """

@@ -13,6 +13,7 @@ import pytest
 
 from llmpipe_cli.cli.jobs import read_environment
 from llmpipe_cli.cli.models import find_checkpoint, find_model, find_resume
+from llmpipe_cli.cli.runs import cancel
 from llmpipe_cli.cluster.devices import local_devices, num_cores
 from llmpipe_cli.cluster.launchers.base import is_secret
 from llmpipe_cli.engine.manifest import file_entry, point, write_manifest
@@ -61,6 +62,16 @@ def test_status(tmp_path: Path) -> None:
     assert run.status()["state"] == "lost"
     run.write_status("failed", 4, message="why")
     assert (run.status()["state"], run.status()["exit_code"], run.status()["message"]) == ("failed", 4, "why")
+
+
+def test_cancel_asks_a_running_job_to_stop(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "demo")
+    with pytest.raises(UsageError) as raised:
+        cancel("demo", tmp_path)
+    assert raised.value.message == "the run is not running: it is lost"
+    run.write_controller()
+    cancel("demo", tmp_path)
+    assert run.stop_file.is_file()
 
 
 def test_metrics_are_read_line_by_line_while_they_grow(tmp_path: Path) -> None:

@@ -90,6 +90,17 @@ def logs(
             follower.print_new(None)
 
 
+@app.command("cancel")
+def cancel(run: RunArgument, output_dir: OutputDirOption = Path("runs")) -> None:
+    """Ask a running job to save and stop, as Ctrl-C in its own terminal does."""
+    found = RunDirectory.find(run, output_dir)
+    state = found.status()["state"]
+    if state != "running":
+        raise UsageError(f"the run is not running: it is {state}", where=str(found.path))
+    found.request_stop()
+    console.say(f"asked {found.name} to save and stop")
+
+
 @app.command("report")
 def report(
     run: RunArgument = "latest",
