@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,7 +111,8 @@ def _results(
     try:
         waiting: deque[tuple[list[Record], Future[_Tokenised]]] = deque()
         for chunk in itertools.chain(first, chunks):
-            waiting.append((chunk, pool.submit(_encode_in_process, chunk)))
+            with _interrupts_ignored():
+                waiting.append((chunk, pool.submit(_encode_in_process, chunk)))
             if len(waiting) >= _CHUNKS_A_PROCESS * num_processes:
                 oldest, result = waiting.popleft()
                 yield oldest, result.result()
@@ -143,10 +145,22 @@ def _encode(options: FeatureOptions, encoder: Encoder, records: Sequence[Record]
 _process: tuple[FeatureOptions, Encoder] | None = None  # of a worker process
 
 
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes started in here ignore Ctrl-C from their first moment, also while they import; the parent ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _start_process(options: FeatureOptions, tokenizer_dir: str) -> None:
     global _process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends the pool
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _process = options, Encoder(tokenizer_dir)
 
