@@ -54,6 +54,8 @@ def test_dropout_is_the_same_for_every_cut(task: str, model_type: str) -> None:
         ("causal-lm", "llama"),
         ("causal-lm", "gpt2"),
         ("causal-lm", "mixtral"),
+        ("causal-lm", "gpt_oss"),
+        ("causal-lm", "granitemoe"),
         ("causal-lm", "zamba2"),
         ("causal-lm", "mamba"),
         ("classification", "albert"),
@@ -153,8 +155,8 @@ def test_segments_and_ties() -> None:
     _, plan = make("t5", "translation")
     kinds = [segment.kind for segment in plan.segments]
     assert kinds == ["pre", "layer", "layer", "layer", "mid", "layer", "layer", "layer", "post"]
-    # the decoder's layers take the hidden states, the encoder's result and the position bias
-    assert plan.num_carried(6) == 3
+    # a decoder layer takes the hidden states, the encoder's result and two biases; the cross attention's is constant
+    assert (plan.num_carried(6), len(plan.gradient_free(6))) == (4, 1)
 
 
 def test_flops_follow_the_sequence() -> None:

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 CheckpointingMode = Literal["none", "full", "selective"]
 
 aten = torch.ops.aten
-_WEIGHT_PRODUCTS = {aten.mm.default, aten.addmm.default, aten._grouped_mm.default}
+_WEIGHT_PRODUCTS = {aten.mm.default, aten.addmm.default}
+_EXPERT_PRODUCTS = {aten._grouped_mm.default}
 _FUSED_ATTENTION = {
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -28,18 +30,21 @@ _FUSED_ATTENTION = {
 }
 
 
-def layer_runner(mode: CheckpointingMode) -> Callable[..., Any] | None:
-    """A function that calls ``forward(*args, **kwargs)`` under checkpointing; None for no checkpointing."""
+def layer_runner(mode: CheckpointingMode, model: nn.Module) -> Callable[..., Any] | None:
+    """A function that calls ``forward(*args, **kwargs)`` of a layer of `model` under checkpointing; None for none."""
     if mode == "none":
         return None
     if mode == "full":
         return functools.partial(checkpoint, use_reentrant=False)
-    contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+    # experts with biases add them in place to their products, which therefore cannot be kept
+    biased = any("experts" in name and "bias" in name for name, _ in model.named_parameters())
+    products = _WEIGHT_PRODUCTS if biased else _WEIGHT_PRODUCTS | _EXPERT_PRODUCTS
+    contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, products))
     return functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
 
 
-def _policy(context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if func in _WEIGHT_PRODUCTS:
+def _policy(products: set[Any], context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if func in products:
         return CheckpointPolicy.MUST_SAVE
     if func._overloadpacket.__name__ in _FUSED_ATTENTION and not _draws_dropout(func, args, kwargs):
         return CheckpointPolicy.MUST_SAVE

@@ -151,7 +151,10 @@ def _refuse_without_gradient(call: LayerEvent) -> None:
 
 def forward_options(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments for the forward besides the inputs: no key-value cache, results by name."""
-    accepted = inspect.signature(model.forward).parameters
+    accepted = dict(inspect.signature(model.forward).parameters)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
+        body = getattr(model, "base_model", model)  # further arguments are handed on to it
+        accepted |= inspect.signature(body.forward).parameters
     options = {"use_cache": False, "return_dict": True}
     return {name: value for name, value in options.items() if name in accepted and name not in inputs}
 

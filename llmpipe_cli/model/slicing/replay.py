@@ -81,7 +81,7 @@ class StageReplay:
 
     def set_checkpointing(self, mode: CheckpointingMode) -> None:
         """Choose what the stage's layers keep for the backward pass (see `checkpointing`)."""
-        self._runner = layer_runner(mode)
+        self._runner = layer_runner(mode, self.model)
 
     def __call__(self, carry: tuple[Tensor, ...] | None, inputs: dict[str, Tensor]) -> Any:
         """Run the stage on one micro-batch.
