@@ -56,7 +56,11 @@ def make_plan(
     vocab_size = data.vocab_size if data is not None and data.tokenizer_dir is not None else None
     labels = data.label_names if data is not None else None
     config = load_config(
-        section, recipe.task, num_labels=len(labels) if labels is not None else None, vocab_size=vocab_size
+        section,
+        recipe.task,
+        num_labels=len(labels) if labels is not None else None,
+        vocab_size=vocab_size,
+        pad_token_id=data.special_token_ids.get("pad") if data is not None else None,
     )
     if data is not None and section.from_ is None:
         _set_special_tokens(config, section.config or {}, data.special_token_ids)
