@@ -230,4 +230,5 @@ def test_memory_while_loading_is_the_stages_own(model_type: str, tmp_path: Path)
         ).stdout
         measured = json.loads(output.strip().splitlines()[-1])
         assert 0.3 * total < measured["own"] < 0.7 * total
+        assert measured["after"] >= 0.95 * measured["own"], "weights must not stay mapped to the file"
         assert measured["peak"] <= 1.3 * measured["own"] + 30e6, measured

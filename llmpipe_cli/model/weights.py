@@ -70,13 +70,15 @@ def read_weights(
     if info.conversion_errors:
         name, message = sorted(info.conversion_errors.items())[0]
         raise CheckpointError(f"{name} cannot be converted: {message.strip().splitlines()[-1]}", where=str(directory))
-    return _complete(model, wanted, groups, device, seed)
+    mapped = {address for tensor in stored.values() for address in tensor.addresses}
+    return _complete(model, wanted, groups, mapped, device, seed)
 
 
 def _complete(
     model: PreTrainedModel,
     wanted: list[str],
     groups: dict[str, tuple[str, ...]],
+    mapped: set[int],
     device: torch.device | str,
     seed: int,
 ) -> list[str]:
@@ -93,9 +95,28 @@ def _complete(
             parameter = current[found]
             if hasattr(parameter, "_is_hf_initialized"):
                 del parameter._is_hf_initialized
+            if parameter.untyped_storage().data_ptr() in mapped:
+                # a view of the mapped file, which would break if the file were overwritten
+                parameter.data = parameter.data.clone()
         replace_parameter(model, groups[name], parameter)
     initialise(model, missing, seed)
     return missing
+
+
+class _StoredTensor:
+    """A lazy slice of a tensor in a file, which remembers the addresses of the data that it has handed out."""
+
+    def __init__(self, stored: Any) -> None:
+        self._stored = stored
+        self.addresses: list[int] = []
+
+    def __getitem__(self, index: Any) -> Tensor:
+        tensor = self._stored[index]
+        self.addresses.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stored, name)
 
 
 class _StageView:
@@ -146,14 +167,14 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _opened(files: list[Path]) -> Iterator[dict[str, Any]]:
+def _opened(files: list[Path]) -> Iterator[dict[str, _StoredTensor]]:
     """Lazy slices of all tensors in the files, by name; nothing is read yet."""
-    slices: dict[str, Any] = {}
+    slices: dict[str, _StoredTensor] = {}
     with contextlib.ExitStack() as stack:
         for path in files:
             try:
                 handle = stack.enter_context(safe_open(path, framework="pt"))
-                slices.update({name: handle.get_slice(name) for name in handle.keys()})  # noqa: SIM118 - the handle is no mapping
+                slices.update({name: _StoredTensor(handle.get_slice(name)) for name in handle.keys()})  # noqa: SIM118 - the handle is no mapping
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"the weights cannot be read: {error}", where=str(path)) from error
         yield slices
