@@ -63,15 +63,18 @@ def load_config(
     elif section.config is not None:
         config = _scratch_config(dict(section.config), vocab_size)
     else:
-        raise UsageError("the recipe names no model", hint="give model.config with a model_type, or model.from")
+        hint = "give model.config with a model_type, or model.from"
+        raise UsageError("the recipe names no model", where="model", hint=hint)
 
     if getattr(config, "quantization_config", None) is not None:
-        raise UsageError("quantised checkpoints cannot be trained", hint="start from the unquantised model")
+        hint = "start from the unquantised model"
+        raise UsageError("quantised checkpoints cannot be trained", where="model.from", hint=hint)
     text_config = config.get_text_config()
     known_size = getattr(text_config, "vocab_size", None)
     if vocab_size is not None and known_size is not None and known_size < vocab_size:
         raise UsageError(
             f"the tokenizer has {vocab_size} entries, the model's vocab_size is {known_size}",
+            where="model",
             hint=f"set model.config.vocab_size to at least {vocab_size}",
         )
     if pad_token_id is not None and getattr(config, "pad_token_id", None) is None:
@@ -91,10 +94,11 @@ def load_config(
 def _scratch_config(values: dict[str, Any], vocab_size: int | None) -> PreTrainedConfig:
     model_type = values.pop("model_type", None)
     if model_type is None:
-        raise UsageError("model.config has no model_type", hint="for example model_type: llama")
+        raise UsageError("model.config has no model_type", where="model.config", hint="for example model_type: llama")
     if model_type not in CONFIG_MAPPING:
         raise UsageError(
             f"transformers {transformers.__version__} knows no model type {model_type!r}",
+            where="model.config.model_type",
             hint=_did_you_mean(str(model_type), list(CONFIG_MAPPING.keys())),
         )
     cls = CONFIG_MAPPING[model_type]
@@ -106,10 +110,10 @@ def _scratch_config(values: dict[str, Any], vocab_size: int | None) -> PreTraine
         return cls(**values)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"model.config is not a valid {model_type} config: {reason}") from error
+        raise UsageError(f"not a valid {model_type} config: {reason}", where="model.config") from error
     except Exception as error:  # huggingface_hub's validation errors share no base class with the standard ones
         reason = " ".join(str(error).split())
-        raise UsageError(f"model.config is not a valid {model_type} config: {reason}") from error
+        raise UsageError(f"not a valid {model_type} config: {reason}", where="model.config") from error
 
 
 def _pretrained_config(section: ModelSection) -> PreTrainedConfig:
@@ -122,6 +126,7 @@ def _pretrained_config(section: ModelSection) -> PreTrainedConfig:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
             f"the config of {section.from_} cannot be read: {reason}",
+            where="model.from",
             hint="model.from is a folder with config.json, or a hub id such as openai-community/gpt2",
         ) from error
 
@@ -158,7 +163,11 @@ def _field_names(cls: type[PreTrainedConfig]) -> set[str]:
 def _check_field(cls: type[PreTrainedConfig], model_type: str, name: str) -> None:
     known = _field_names(cls)
     if name not in known:
-        raise UsageError(f"{model_type} has no config field {name!r}", hint=_did_you_mean(name, sorted(known)))
+        raise UsageError(
+            f"{model_type} has no config field {name!r}",
+            where=f"model.config.{name}",
+            hint=_did_you_mean(name, sorted(known)),
+        )
 
 
 def _did_you_mean(name: str, known: list[str]) -> str | None:
@@ -204,6 +213,7 @@ def model_class(config: PreTrainedConfig, task: str) -> type[PreTrainedModel]:
         ]
         raise UsageError(
             f"transformers has no {config.model_type} model for task {task}",
+            where="task",
             hint=f"{config.model_type} can do: {', '.join(able)}" if able else None,
         )
     found = auto_class._model_mapping[type(config)]
