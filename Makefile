@@ -2,7 +2,7 @@
 #   make demo     train a small model over two pipeline stages, evaluate it, generate a sample (a few minutes)
 #   make test     all tests; `make test TESTS=tests/test_recipe_load.py` runs some of them
 #   make lint     ruff and mypy        make format   rewrite the sources in the project's format
-#   make bench    throughput of the demo recipe
+#   make bench    llmpipe beside other pipeline engines on two cores; writes docs/benchmarks.md (about ten minutes)
 #   make clean    remove .venv, caches and build outputs, never a run
 # PYTHON chooses the interpreter .venv is made with (3.11 or newer). Which build of torch comes is pip's configuration.
 
@@ -12,6 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 TESTS ?= tests
+BENCH ?= --launches 3 --rounds 8 --output docs/benchmarks.md
 
 .PHONY: help install demo test lint format bench clean
 .DEFAULT_GOAL := help
@@ -48,7 +49,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED)
-	$(BIN)/llmpipe bench recipes/demo.yaml
+	$(BIN)/python benchmarks/compare.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -28,12 +28,16 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "1": {"pipeline": 1},
-    "2": {"pipeline": 2},
-    "3": {"pipeline": 3},
-    "2x2": {"pipeline": 2, "data": 2, "zero_stage": 0},
-    "2x2-zero1": {"pipeline": 2, "data": 2, "zero_stage": 1},
+    "2-1f1b": {"pipeline": 2, "schedule": "1f1b"},
+    "2-zb-h1": {"pipeline": 2, "schedule": "zb-h1"},
+    "3-zb-h1": {"pipeline": 3, "schedule": "zb-h1"},
+    "2x2": {"pipeline": 2, "data": 2, "zero_stage": 0, "schedule": "1f1b"},
+    "2x2-zero1": {"pipeline": 2, "data": 2, "zero_stage": 1, "schedule": "1f1b"},
+    "2x2-zero1-zb-h1": {"pipeline": 2, "data": 2, "zero_stage": 1, "schedule": "zb-h1"},
     "2-checkpointing": {"pipeline": 2, "activation_checkpointing": "full"},
+    "2-checkpointing-zb-h1": {"pipeline": 2, "activation_checkpointing": "selective", "schedule": "zb-h1"},
     "3-gpipe": {"pipeline": 3, "schedule": "gpipe"},
+    "4-zb-h2": {"pipeline": 4, "schedule": "zb-h2"},
 }
 
 
@@ -131,7 +135,7 @@ def test_targets_of_the_global_batch_weigh_alike(tmp_path: Path, pool: RankPool)
     assert 0 < line["num_target_tokens"] < 8 * 32
 
 
-@pytest.mark.parametrize("layout", ["2", "3", "2x2-zero1", "2-checkpointing"])
+@pytest.mark.parametrize("layout", ["2-1f1b", "3-zb-h1", "2x2-zero1-zb-h1", "2-checkpointing", "2-checkpointing-zb-h1"])
 def test_dropout_does_not_depend_on_the_layout(tmp_path: Path, layout: str, pool: RankPool) -> None:
     recipe = _recipe("gpt2", tmp_path)
     recipe["model"]["dropout"] = 0.1
@@ -152,7 +156,12 @@ def test_low_precision(tmp_path: Path, dtype: str, pool: RankPool) -> None:
     plain_losses, _, _ = train_plain(job.plan())
     runs = [
         job.train(pool, parallel=parallel, model__dtype=dtype)
-        for parallel in ({"pipeline": 1}, {"pipeline": 2}, {"pipeline": 2, "data": 2})
+        for parallel in (
+            {"pipeline": 1},
+            {"pipeline": 2, "schedule": "1f1b"},
+            {"pipeline": 2, "schedule": "zb-h1"},
+            {"pipeline": 2, "data": 2, "schedule": "zb-h1"},
+        )
     ]
     for run in runs:
         assert losses(run) == pytest.approx(plain_losses, rel=1e-3)
@@ -166,7 +175,7 @@ def test_low_precision(tmp_path: Path, dtype: str, pool: RankPool) -> None:
 def test_optimizers_over_layouts(tmp_path: Path, optimizer: str, pool: RankPool) -> None:
     job = Job(tmp_path, _recipe("llama", tmp_path, optimizer=optimizer, momentum=0.9))
     one = job.train(pool, parallel={"pipeline": 1})
-    layouts = ["2"] if optimizer == "adafactor" else ["2", "2x2-zero1"]
+    layouts = ["2-zb-h1"] if optimizer == "adafactor" else ["2-1f1b", "2x2-zero1-zb-h1"]
     for layout in layouts:
         other = job.train(pool, parallel=LAYOUTS[layout])
         for name, weight in final_weights(one).items():

@@ -138,6 +138,38 @@ def report(
     console.stdout().print(str(path), soft_wrap=True, markup=False)
 
 
+@app.command("timeline")
+def timeline(
+    run: RunArgument = "latest",
+    step: Annotated[
+        int | None, typer.Option("--step", metavar="N", help="A recorded step; the last by default.")
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="FILE", help="Draw it into a PNG (or .svg) file.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", metavar="FILE", help="Write a trace for ui.perfetto.dev.")
+    ] = None,
+    output_dir: OutputDirOption = Path("runs"),
+    as_json: JsonOption = False,
+) -> None:
+    """Show what every stage did during one step: computing, waiting, sending."""
+    from llmpipe_cli.report import timeline as drawing
+
+    shown = drawing.load_timeline(RunDirectory.find(run, output_dir), step)
+    if png is not None:
+        console.say(f"wrote {drawing.plot(shown, png)}")
+    if trace is not None:
+        console.say(f"wrote {drawing.write_trace(shown, trace)}")
+    facts = drawing.summary(shown)
+    if as_json:
+        console.print_json(facts)
+        return
+    out = console.stdout()
+    out.print(drawing.render(shown, out.width), soft_wrap=True)
+    out.print(drawing.describe(facts), soft_wrap=True)
+
+
 def _progress(run: RunDirectory) -> Progress:
     from llmpipe_cli.report.tables import progress_of
 

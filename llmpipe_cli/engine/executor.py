@@ -3,12 +3,14 @@
 Every rank holds the inputs of all its replica's micro-batches, so only activations and their gradients travel. A
 forward pass takes the carried tensors from the previous stage, replays this stage and starts sending the result; a
 backward pass takes the gradients of what was sent, runs autograd once over all outputs and starts sending the
-gradients of what was received.
+gradients of what was received. Schedules that split the backward pass run its second half, the weight gradients of
+linear layers, as an instruction of its own.
+
+What each instruction took is recorded (`engine.recorder`).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +20,11 @@ import torch.distributed as dist
 
 from llmpipe_cli.engine.module import Carry, StageModule
 from llmpipe_cli.engine.randomness import DrawSeeder
+from llmpipe_cli.engine.recorder import Recorder
 from llmpipe_cli.engine.schedules import Instruction
 from llmpipe_cli.engine.transfers import Receiver, Sender, batch_key
+from llmpipe_cli.engine.weight_gradients import Pending, WeightGradients
 
-LossFunction = Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]
 OutputFunction = Callable[[int, Any], None]
 
 
@@ -40,12 +43,7 @@ class MicroBatch:
     num_targets: int
 
 
-@dataclass
-class StageTimes:
-    """Where a stage's time went since the last reset, in seconds of host time."""
-
-    busy_seconds: float = 0.0
-    wait_seconds: float = 0.0
+LossFunction = Callable[[Any, MicroBatch], torch.Tensor]
 
 
 class StageExecutor:
@@ -55,17 +53,22 @@ class StageExecutor:
         module: the stage.
         device: device of this rank.
         seeder: seeds dropout by micro-batch; none for a model that draws nothing.
+
+    Attributes:
+        recorder: when each instruction waited and worked.
     """
 
     def __init__(self, module: StageModule, device: torch.device, seeder: DrawSeeder | None = None) -> None:
         self.module, self.device = module, device
+        self.recorder = Recorder()
         grid, stage = module.mpu(), module.stage_id
         self.is_first, self.is_last = stage == 0, stage == module.num_stages - 1
         self._seeder = seeder
         module.replay.seed_fn = seeder
         self._inputs: dict[int, Carry] = {}  # received tensors of micro-batches whose backward pass is to come
         self._outputs: dict[int, Any] = {}  # what they became
-        self._busy_seconds = 0.0
+        self._weight_gradients: WeightGradients | None = module.weight_gradients
+        self._postponed: dict[int, Pending] = {}  # weight gradients of micro-batches, to be computed
         # One communicator a direction; made by all ranks together.
         forward_group, backward_group = dist.new_group(), dist.new_group()
         plan, bounds = module.slice_plan, module.bounds
@@ -97,7 +100,7 @@ class StageExecutor:
             instructions: forward and backward passes in this stage's order.
             batches: the replica's micro-batches, in order.
             step: optimizer step, for randomness.
-            loss_function: last stage, before a backward pass: the loss from the model's output and its inputs.
+            loss_function: last stage, before a backward pass: the loss from the model's output and its micro-batch.
             scale_loss: last stage: what to call backward on, from the loss and its micro-batch.
             on_output: last stage: receives the position of each micro-batch and its detached loss (training) or the
                 model's output (forward only).
@@ -105,23 +108,24 @@ class StageExecutor:
         if not self.is_first:
             for position in (instruction.micro_batch for instruction in instructions if instruction.kind == "F"):
                 self._activations_in.announce(batch_key(batches[position].inputs))
-        training = any(instruction.kind == "B" for instruction in instructions)
+        training = any(instruction.kind != "F" for instruction in instructions)
+        if not training:
+            self.recorder.restart()
         for kind, position in instructions:
+            self.recorder.begin(kind, position)
             if kind == "F":
                 self._forward(position, batches[position], step, training, loss_function, scale_loss, on_output)
+            elif kind == "W":
+                self._compute_weight_gradients(position)
             else:
                 self._backward(position)
+                if kind == "B":
+                    self._compute_weight_gradients(position)
+            self.recorder.end()
+        self.recorder.begin("send")
         for sender in self._senders():
             sender.finish()
-
-    def take_times(self) -> StageTimes:
-        """Times since the last call."""
-        times = StageTimes(self._busy_seconds)
-        self._busy_seconds = 0.0
-        for receiver in self._receivers():
-            times.wait_seconds += receiver.wait_seconds
-            receiver.wait_seconds = 0.0
-        return times
+        self.recorder.end()
 
     def _forward(
         self,
@@ -134,7 +138,7 @@ class StageExecutor:
         on_output: OutputFunction | None,
     ) -> None:
         carry = None if self.is_first else tuple(self._activations_in.receive())
-        started = time.perf_counter()
+        self.recorder.arrived()
         if carry is not None and training:
             for index in self._with_gradient(carry, self._gradient_free_in):
                 carry[index].requires_grad_()
@@ -149,7 +153,7 @@ class StageExecutor:
         elif training:
             assert loss_function is not None
             assert scale_loss is not None
-            loss = loss_function(output, batch.inputs)
+            loss = loss_function(output, batch)
             output = scale_loss(loss, batch)
             if on_output is not None:
                 on_output(position, loss.detach())
@@ -158,12 +162,11 @@ class StageExecutor:
         if training:
             self._inputs[position] = carry or ()
             self._outputs[position] = output
-        self._busy_seconds += time.perf_counter() - started
 
     def _backward(self, position: int) -> None:
         carry, output = self._inputs.pop(position), self._outputs.pop(position)
         gradients = None if self.is_last else self._gradients_in.receive()
-        started = time.perf_counter()
+        self.recorder.arrived()
         if gradients is None:
             output.backward()
         else:
@@ -174,7 +177,12 @@ class StageExecutor:
         if carry:
             sent = [carry[index] for index in self._with_gradient(carry, self._gradient_free_in)]
             self._gradients_out.send([torch.zeros_like(t) if t.grad is None else t.grad for t in sent], None)
-        self._busy_seconds += time.perf_counter() - started
+        if self._weight_gradients is not None:
+            self._postponed[position] = self._weight_gradients.take()
+
+    def _compute_weight_gradients(self, position: int) -> None:
+        if self._weight_gradients is not None:
+            self._weight_gradients.compute(self._postponed.pop(position))
 
     @staticmethod
     def _with_gradient(tensors: Carry, gradient_free: set[int]) -> list[int]:
@@ -186,9 +194,3 @@ class StageExecutor:
             yield self._activations_out
         if not self.is_first:
             yield self._gradients_out
-
-    def _receivers(self) -> Iterable[Receiver]:
-        if not self.is_first:
-            yield self._activations_in
-        if not self.is_last:
-            yield self._gradients_in

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llmpipe_cli.engine.executor import LossFunction
+from llmpipe_cli.engine.executor import LossFunction, MicroBatch
 from llmpipe_cli.errors import UsageError
 
 _IGNORED = -100
@@ -22,25 +22,23 @@ def make_loss(task: str, label_smoothing: float) -> LossFunction:
             loss.
     """
 
-    def own_loss(output: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def own_loss(output: Any, batch: MicroBatch) -> torch.Tensor:
         if output.loss is None:
             raise UsageError(f"{type(output).__name__} has no loss: the model does not train on the task's labels")
-        return _finite_without_targets(output.loss, output.logits, inputs["labels"])
+        return _finite_without_targets(output.loss, output.logits, batch)
 
-    def smoothed_loss(output: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        logits, labels = output.logits, inputs["labels"]
+    def smoothed_loss(output: Any, batch: MicroBatch) -> torch.Tensor:
+        logits, labels = output.logits, batch.inputs["labels"]
         if task == "causal-lm":
             labels = F.pad(labels[:, 1:], (0, 1), value=_IGNORED)
         loss = F.cross_entropy(
             logits.flatten(0, -2).float(), labels.flatten(), ignore_index=_IGNORED, label_smoothing=label_smoothing
         )
-        return _finite_without_targets(loss, logits, labels)
+        return _finite_without_targets(loss, logits, batch)
 
     return smoothed_loss if label_smoothing else own_loss
 
 
-def _finite_without_targets(loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _finite_without_targets(loss: torch.Tensor, logits: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
     """A micro-batch without a single target has a mean of nothing; it adds zero and a gradient of zero instead."""
-    if labels.dim() > 1 and not bool((labels != _IGNORED).any()):
-        return logits.sum() * 0.0
-    return loss
+    return loss if batch.num_targets else logits.sum() * 0.0

@@ -17,6 +17,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmpipe_cli.engine.weight_gradients import WeightGradients
 from llmpipe_cli.model.slicing.plan import SlicePlan
 from llmpipe_cli.model.slicing.replay import StageReplay
 from llmpipe_cli.plan.plan import Layout
@@ -46,9 +47,21 @@ class StageModule(PipelineModule):
         slice_plan: how the model is cut into segments.
         bounds: first segment of each stage and, last, the number of segments.
         layout: pipeline x tensor x data.
+        split_backward: let weight gradients of linear layers be computed apart from those of their inputs.
+
+    Attributes:
+        weight_gradients: the postponed weight gradients; none without `split_backward`.
     """
 
-    def __init__(self, model: PreTrainedModel, slice_plan: SlicePlan, bounds: list[int], layout: Layout) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        slice_plan: SlicePlan,
+        bounds: list[int],
+        layout: Layout,
+        *,
+        split_backward: bool = False,
+    ) -> None:
         self.bounds = bounds
         self.slice_plan = slice_plan
         self._segment_at: list[int] = []  # the segment that each spec belongs to
@@ -57,6 +70,8 @@ class StageModule(PipelineModule):
         super().__init__(layers=specs, topology=topology)
         first, last = bounds[self.stage_id], bounds[self.stage_id + 1]
         self.parameter_names = {id(parameter): name for name, parameter in model.named_parameters()}
+        # Before the replay, which wraps the forwards it finds.
+        self.weight_gradients = WeightGradients(model) if split_backward else None
         # Kept out of nn.Module's registry: parameters of other stages must not become parameters of this one.
         object.__setattr__(self, "skeleton", model)
         object.__setattr__(self, "replay", StageReplay(model, slice_plan, first, last))

@@ -49,7 +49,7 @@ class Engine(PipelineEngine):
     Args:
         plan: the plan.
         module: the stage, on its device.
-        loss_function: loss of a micro-batch from the model's output and inputs (mean over its targets).
+        loss_function: loss of a micro-batch from the model's output (mean over its targets).
         learning_rate: rate of each optimizer step, counted from 0.
     """
 
@@ -82,7 +82,10 @@ class Engine(PipelineEngine):
             config=config,
             config_class=DeepSpeedConfig(config, module.mpu()),
         )
-        self.executor = StageExecutor(module, self.device, DrawSeeder(train.seed))
+        self.executor = StageExecutor(module, self.device, DrawSeeder(train.seed, self.device))
+        if module.weight_gradients is not None:
+            plain = not (self.fp16_enabled() or self.bfloat16_enabled() or self.zero_optimization())
+            module.weight_gradients.direct = plain  # no hook of a DeepSpeed optimizer waits for gradients
         self._order = SCHEDULES[plan.schedule](self.stage_id, self.num_stages, self.micro_batches)
 
     def train_step(self, step: int, batches: Sequence[MicroBatch]) -> StepResult:
@@ -116,9 +119,14 @@ class Engine(PipelineEngine):
             scale_loss=scale_loss,
             on_output=keep_loss,
         )
+        recorder = self.executor.recorder
+        recorder.begin("reduce")
         self._exec_reduce_tied_grads()
         self._exec_reduce_grads()
+        recorder.end()
+        recorder.begin("optimizer")
         self._exec_optimizer_step()
+        recorder.end()
         loss_sum = float(torch.stack(losses).sum()) if losses else 0.0
         return StepResult(loss_sum, num_targets, float(self._global_grad_norm), not self._step_applied)
 
@@ -143,7 +151,12 @@ class Engine(PipelineEngine):
         ]
         norms = torch.nn.utils.get_total_norm(gradients).to(self.device)
         squared = norms.double().square()
+        recorder = self.executor.recorder
+        recorder.end()  # of the optimizer's first part
+        recorder.begin("norm")
         dist.all_reduce(squared, group=self.grid.get_model_parallel_group())
+        recorder.end(waited=True)
+        recorder.begin("optimizer")
         norm = squared.sqrt()
         self._global_grad_norm = norm
         if self.gradient_clipping() > 0.0:
@@ -167,6 +180,11 @@ class Engine(PipelineEngine):
                     weight.grad = torch.zeros_like(weight)
                 gradient = weight.grad
             dist.all_reduce(gradient, group=group)
+
+    def _exec_reduce_grads(self) -> None:
+        """Average gradients over the replicas; a single replica has nothing to copy into buckets."""
+        if self.dp_world_size > 1 or self.zero_optimization() or self.using_bf16_optimizer:
+            super()._exec_reduce_grads()
 
     def _sum_over_replicas(self, value: int) -> int:
         if self.dp_world_size == 1:

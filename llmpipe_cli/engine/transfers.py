@@ -10,7 +10,6 @@ shapes: the sender puts a header in front, and both ends remember it under the s
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Hashable, Sequence
 
@@ -100,7 +99,6 @@ class Receiver:
         self._known: dict[Hashable, list[Spec]] = {}
         self._announced: deque[tuple[Hashable | None, list[Spec] | None]] = deque()
         self._posted: deque[list[tuple[torch.Tensor, dist.Work | None]]] = deque()
-        self.wait_seconds = 0.0
 
     def announce(self, key: Hashable | None, specs: list[Spec] | None = None) -> None:
         """Say that a group will come next: by `key` when a header tells its shapes, or by its `specs`."""
@@ -109,7 +107,6 @@ class Receiver:
 
     def receive(self) -> list[torch.Tensor]:
         """The oldest announced group; waits until it is here."""
-        started = time.perf_counter()
         if not self._posted:
             key, specs = self._announced.popleft()
             specs = self._specs(key, specs)
@@ -120,7 +117,6 @@ class Receiver:
                 work.wait()
             tensors.append(tensor)
         self._post_ahead()
-        self.wait_seconds += time.perf_counter() - started
         return tensors
 
     def _specs(self, key: Hashable | None, specs: list[Spec] | None) -> list[Spec] | None:

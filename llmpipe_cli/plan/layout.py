@@ -7,7 +7,8 @@ micro_batch_size auto -> the largest divisor of the samples a replica and step, 
           four micro-batches a stage (fewer stay idle that way: the bubble of 1F1B is (p - 1) / (m + p - 1))
 zero_stage auto -> 1 with bf16 or fp16 (which need it) or with several replicas, else 0
 activation_checkpointing auto -> none
-schedule  auto -> 1f1b
+schedule  auto -> zb-h1, or 1f1b with one stage or with activation checkpointing (whose recomputed activations
+          postponed weight gradients would keep alive)
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 from typing import Literal
 
 from llmpipe_cli.errors import PreflightError, UsageError
-from llmpipe_cli.plan.plan import Layout
+from llmpipe_cli.plan.plan import Layout, ScheduleName
 from llmpipe_cli.recipe.schema import Recipe
 
 
@@ -106,3 +107,14 @@ def choose_zero_stage(recipe: Recipe, layout: Layout) -> Literal[0, 1]:
     if recipe.model.dtype != "fp32":
         return 1
     return 1 if layout.data > 1 and recipe.train.optimizer != "adafactor" else 0
+
+
+def choose_schedule(recipe: Recipe, layout: Layout) -> ScheduleName:
+    """Order of forward and backward passes."""
+    schedule = recipe.parallel.schedule
+    if schedule == "auto":
+        recomputes = recipe.parallel.activation_checkpointing in ("selective", "full")
+        return "1f1b" if layout.pipeline == 1 or recomputes else "zb-h1"
+    if schedule == "interleaved" or schedule == "zb-v":
+        raise UsageError(f"the schedule {schedule} is not available in this version", where="parallel.schedule")
+    return schedule

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 Job = Literal["train", "evaluate", "generate"]
+ScheduleName = Literal["1f1b", "gpipe", "zb-h1", "zb-h2"]
 
 
 class _Frozen(BaseModel):
@@ -74,7 +75,7 @@ class Plan(_Frozen):
     """Samples a micro-batch."""
     num_micro_batches: int
     """Micro-batches a step and replica."""
-    schedule: Literal["1f1b", "gpipe"]
+    schedule: ScheduleName
     zero_stage: Literal[0, 1]
     activation_checkpointing: Literal["none", "selective", "full"]
     device: Literal["cpu", "cuda"]

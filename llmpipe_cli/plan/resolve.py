@@ -15,7 +15,7 @@ from llmpipe_cli.engine.manifest import training_state
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.model.auto import load_config, model_class, resolve_weights
 from llmpipe_cli.model.slicing.trace import NotSliceableError, trace_config, whole_plan
-from llmpipe_cli.plan.layout import choose_layout, choose_micro_batch_size, choose_zero_stage
+from llmpipe_cli.plan.layout import choose_layout, choose_micro_batch_size, choose_schedule, choose_zero_stage
 from llmpipe_cli.plan.partition import balance
 from llmpipe_cli.plan.plan import Job, Layout, Plan, TrainingSettings
 from llmpipe_cli.recipe.schema import Recipe, TrainSection
@@ -99,7 +99,7 @@ def make_plan(
         partition=bounds,
         micro_batch_size=micro_batch_size,
         num_micro_batches=num_micro_batches,
-        schedule="gpipe" if recipe.parallel.schedule == "gpipe" else "1f1b",
+        schedule=choose_schedule(recipe, layout),
         zero_stage=choose_zero_stage(recipe, layout),
         activation_checkpointing="none" if checkpointing == "auto" else checkpointing,
         device=device,

@@ -26,7 +26,7 @@ METRICS: dict[str, tuple[str, ...]] = {
 """Validation metrics that a training watches. `evaluate` reports more: those need passes of their own."""
 
 NOT_YET_TASKS = ("chat", "question-answering", "token-classification")
-SCHEDULES = ("auto", "1f1b", "gpipe")
+SCHEDULES = ("auto", "1f1b", "gpipe", "zb-h1", "zb-h2")
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def _parallel(context: _Context) -> Iterator[Finding]:
         hint = "write 1 or auto, and split the model by pipeline stages"
         yield Finding(("parallel.tensor",), "tensor shards are not available in this version", hint)
     if parallel.schedule not in SCHEDULES:
-        hint = "write auto, 1f1b or gpipe"
+        hint = "write auto, or one of 1f1b, gpipe, zb-h1, zb-h2"
         yield Finding(
             ("parallel.schedule",), f"the schedule {parallel.schedule} is not available in this version", hint
         )

@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmpipe_cli.engine.exchange import broadcast_json
 from llmpipe_cli.engine.module import StageModule
+from llmpipe_cli.engine.schedules import splits_backward
 from llmpipe_cli.model.slicing.plan import SlicePlan
 from llmpipe_cli.model.stage import build_stage
 from llmpipe_cli.plan.plan import Plan
@@ -67,9 +68,7 @@ def join(run: RunDirectory, stop: StopFlag) -> Context:
     if use_cuda:
         torch.cuda.set_device(device)
     else:
-        # DeepSpeed would compile a C++ extension (40 s) for a shared-memory all-reduce that pipelines never call.
-        # (`deepspeed.comm.torch` as an attribute is torch itself.)
-        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+        quiet_cpu_start()
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     backend = "nccl" if use_cuda else "gloo"
     deepspeed.init_distributed(
@@ -81,6 +80,12 @@ def join(run: RunDirectory, stop: StopFlag) -> Context:
     context = Context(run, stop, plan, Recipe.model_validate(plan.recipe), rank, device)
     os.environ["LLMPIPE_STAGE"] = str(context.stage)
     return context
+
+
+def quiet_cpu_start() -> None:
+    """Keep DeepSpeed from compiling a C++ extension (40 s) for a shared-memory all-reduce that pipelines never call."""
+    # (`deepspeed.comm.torch` as an attribute is torch itself.)
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
 def config_from_fields(plan: Plan) -> PreTrainedConfig:
@@ -104,6 +109,7 @@ def load_stage(context: Context) -> StageModule:
         weights=plan.weights,
         attn_implementation=context.recipe.model.attn_implementation,
     )
-    module = StageModule(model, slice_plan, plan.partition, plan.layout)
+    split_backward = plan.job == "train" and splits_backward(plan.schedule)
+    module = StageModule(model, slice_plan, plan.partition, plan.layout, split_backward=split_backward)
     module.replay.set_checkpointing(plan.activation_checkpointing)
     return module

@@ -21,12 +21,14 @@ from llmpipe_cli.data.batches import BatchPlan
 from llmpipe_cli.data.dataset import open_split
 from llmpipe_cli.data.prepared import PreparedData
 from llmpipe_cli.engine.checkpoint import load_training_state, save_checkpoint, training_scalars
+from llmpipe_cli.engine.exchange import gather_json
 from llmpipe_cli.engine.executor import MicroBatch
 from llmpipe_cli.engine.learning_rate import learning_rate_curve
 from llmpipe_cli.engine.loss import make_loss
 from llmpipe_cli.engine.manifest import point, remove_old, training_state
 from llmpipe_cli.engine.pipeline import Engine, StepResult
 from llmpipe_cli.errors import EXIT_STOPPED, CheckpointError, NumericsError
+from llmpipe_cli.run import write_json
 from llmpipe_cli.tasks.registry import get_task
 from llmpipe_cli.worker.evaluation import Evaluator
 from llmpipe_cli.worker.process import Context, config_from_fields, load_stage
@@ -36,11 +38,13 @@ from llmpipe_cli.worker.telemetry import MetricsWriter, peak_memory_bytes
 _LOWER_IS_BETTER = {"loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"}
 # fp16 skips a step whose gradients overflow and halves its loss scale; this many in a row are no longer a search.
 _MAX_SKIPPED_STEPS = 50
+# The step, counted from the start, that is the first one drawn: those before it still warm up.
+_TIMELINE_AFTER = 3
 
 
 def train(context: Context) -> int:
     """Train as the plan says; returns the exit code."""
-    return _Training(context).run()
+    return Trainer(context).run()
 
 
 @dataclass
@@ -52,7 +56,13 @@ class _Position:
     evaluations_without_improvement: int = 0
 
 
-class _Training:
+class Trainer:
+    """Trains the stage of this rank; every rank makes one and walks through the same steps.
+
+    Args:
+        context: the job.
+    """
+
     def __init__(self, context: Context) -> None:
         assert context.plan.training is not None
         assert context.plan.data is not None
@@ -95,9 +105,12 @@ class _Training:
         if self.position.step == 0 and self.recipe.evaluation.every_steps is not None:
             self._evaluate()
         saved_step, stopped = self.position.step, False
+        timeline_step = self.position.step + _TIMELINE_AFTER
         while self.position.step < self.settings.max_steps and not stopped:
-            stopped = self._step() or self.position.step == self.settings.stop_at
+            stopped = self.step() or self.position.step == self.settings.stop_at
             last = self.position.step == self.settings.max_steps
+            if last or stopped or self.position.step == timeline_step:
+                self.write_timeline()
             improved = False
             if last or _is_due(self.position.step, self.recipe.evaluation.every_steps):
                 improved = self._evaluate()
@@ -119,11 +132,15 @@ class _Training:
         self.position = _Position(**state["position"])
         self.metrics.event("resume", step=self.position.step, checkpoint=str(checkpoint), saved_layout=state["layout"])
 
-    def _step(self) -> bool:
+    def step(self) -> bool:
         """One optimizer step; returns whether a rank was asked to stop."""
+        recorder = self.engine.executor.recorder
+        recorder.restart()
         started = time.perf_counter()
         step = self.position.step
+        recorder.begin("data")
         batches = [self._load(step, index) for index in range(self.plan.num_micro_batches)]
+        recorder.end()
         data_seconds = time.perf_counter() - started
         result = self.engine.train_step(step, batches)
         rows = self._exchange(result, batches, data_seconds)
@@ -155,11 +172,12 @@ class _Training:
 
     def _exchange(self, result: StepResult, batches: list[MicroBatch], data_seconds: float) -> list[dict[str, float]]:
         """Tell all ranks what happened on this one."""
-        times = self.engine.executor.take_times()
+        recorder = self.engine.executor.recorder
+        busy_seconds, wait_seconds = recorder.busy_and_wait_seconds()
         row = {
             "loss_sum": result.loss_sum,
-            "busy_seconds": times.busy_seconds,
-            "wait_seconds": times.wait_seconds,
+            "busy_seconds": busy_seconds,
+            "wait_seconds": wait_seconds,
             "data_seconds": data_seconds,
             "memory_bytes": float(peak_memory_bytes(self.context.device)),
             "stop": float(self.context.stop.is_set()),
@@ -167,7 +185,9 @@ class _Training:
         }
         mine = torch.tensor(list(row.values()), dtype=torch.float64, device=self.context.device)
         everyone = torch.zeros(dist.get_world_size() * len(row), dtype=torch.float64, device=self.context.device)
+        recorder.begin("exchange")
         dist.all_gather_into_tensor(everyone, mine)
+        recorder.end(waited=True)
         return [dict(zip(row, values, strict=True)) for values in everyone.view(-1, len(row)).tolist()]
 
     def _by_stage(self, rows: list[dict[str, float]]) -> list[dict[str, Any]]:
@@ -201,6 +221,16 @@ class _Training:
                 hint="lower train.learning_rate, lengthen the warm-up or clip harder; "
                 "the last checkpoint before this step is kept",
             )
+
+    def write_timeline(self) -> None:
+        """Write what every rank did in the last step; all ranks call this together."""
+        records = [record._asdict() for record in self.engine.executor.recorder.records()]
+        context = self.context
+        place = {"rank": context.rank, "stage": context.stage, "replica": context.replica}
+        ranks = gather_json({**place, "records": records})
+        if context.is_first:
+            timeline = {"step": self.position.step, "schedule": self.plan.schedule, "ranks": ranks}
+            write_json(context.run.timeline / f"step-{self.position.step:08d}.json", timeline)
 
     def _evaluate(self) -> bool:
         """Evaluate on the validation data; returns whether the kept metric improved."""

@@ -1,0 +1,67 @@
+"""What a rank did in a step, and when: a few clock readings an instruction, kept for the last step.
+
+Times are of the host's clock. On an accelerator an instruction ends when its work has been handed over, not when it is
+done.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+
+class Record(NamedTuple):
+    """One piece of work.
+
+    Attributes:
+        kind: an instruction (F, B, I, W) or another part of the step: data, send, reduce, norm, optimizer, exchange.
+        micro_batch: its micro-batch, counted within the replica; none outside instructions.
+        begin: when it began to wait for its input, in seconds since the step began.
+        start: when it began to work.
+        end: when it was done.
+    """
+
+    kind: str
+    micro_batch: int | None
+    begin: float
+    start: float
+    end: float
+
+
+class Recorder:
+    """Records the pieces of one step, one after another; pieces do not overlap."""
+
+    def __init__(self) -> None:
+        self._origin = time.perf_counter()
+        self._rows: list[tuple[str, int | None, float, float, float]] = []
+        self._open: tuple[str, int | None] = ("", None)
+        self._begin = self._start = 0.0
+
+    def restart(self) -> None:
+        """Forget the last step; the next one begins now."""
+        self._rows.clear()
+        self._origin = time.perf_counter()
+
+    def begin(self, kind: str, micro_batch: int | None = None) -> None:
+        """A piece begins, first waiting for its input if it calls `arrived`."""
+        self._open = (kind, micro_batch)
+        self._begin = self._start = time.perf_counter()
+
+    def arrived(self) -> None:
+        """The open piece has its input."""
+        self._start = time.perf_counter()
+
+    def end(self, waited: bool = False) -> None:
+        """The open piece is done; `waited`: all of it was waiting for others."""
+        now = time.perf_counter()
+        self._rows.append((*self._open, self._begin, now if waited else self._start, now))
+
+    def records(self) -> list[Record]:
+        """The pieces since `restart`, in order."""
+        origin = self._origin
+        return [Record(kind, index, *(time - origin for time in times)) for kind, index, *times in self._rows]
+
+    def busy_and_wait_seconds(self) -> tuple[float, float]:
+        """Seconds of work and of waiting in the instructions since `restart`."""
+        rows = [row for row in self._rows if row[1] is not None]
+        return sum(row[4] - row[3] for row in rows), sum(row[3] - row[2] for row in rows)
