@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from llmpipe_cli.cli import console, evaluate, generate, recipes, runs, signals, train
+from llmpipe_cli.cli import bench, console, evaluate, generate, recipes, runs, signals, train
 from llmpipe_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, LlmpipeError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command("train", help=train.train.__doc__)(train.train)
 app.command("pretrain", help="The same as [bold]train[/bold].", hidden=True)(train.train)
 app.command("finetune")(train.finetune)
+app.command("bench")(bench.bench)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.add_typer(recipes.app, name="recipes", help="Find, copy and check recipes.")

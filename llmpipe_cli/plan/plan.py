@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Job = Literal["train", "evaluate", "generate"]
+Job = Literal["train", "bench", "evaluate", "generate"]
 ScheduleName = Literal["1f1b", "gpipe", "zb-h1", "zb-h2"]
 
 

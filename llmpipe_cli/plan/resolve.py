@@ -38,7 +38,7 @@ def make_plan(
     Args:
         recipe: the recipe.
         data: its prepared data.
-        job: train, evaluate or generate.
+        job: train, bench, evaluate or generate.
         device: "cpu" or "cuda".
         num_devices: devices of this machine.
         checkpoint: train: the checkpoint to go on from; evaluate and generate: the model to use.
@@ -104,7 +104,7 @@ def make_plan(
         activation_checkpointing="none" if checkpointing == "auto" else checkpointing,
         device=device,
         data=data.model_dump(mode="json") if data is not None else None,
-        training=_training(recipe.train, data, checkpoint) if job == "train" else None,
+        training=_training(recipe.train, data, checkpoint) if job in ("train", "bench") else None,
         options=options or {},
     )
 

@@ -27,7 +27,7 @@ def progress_of(run: RunDirectory, *, with_earlier: bool = True) -> Progress:
     ]
     job, training = plan.get("job", "train"), plan.get("training") or {}
     progress = Progress(run.name, " · ".join(str(word) for word in words if word), job=job)
-    if job == "train":
+    if job in ("train", "bench"):
         progress.max_steps = training.get("max_steps")
     if with_earlier and training.get("resume_from"):
         before = load_history(run, without_own=True)

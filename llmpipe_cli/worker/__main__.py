@@ -26,6 +26,8 @@ def main() -> int:
         context = join(run, stop)
         if context.plan.job == "train":
             from llmpipe_cli.worker.training import train as job
+        elif context.plan.job == "bench":
+            from llmpipe_cli.worker.bench import bench as job
         elif context.plan.job == "evaluate":
             from llmpipe_cli.worker.evaluation import evaluate as job
         else:

@@ -109,7 +109,7 @@ def load_stage(context: Context) -> StageModule:
         weights=plan.weights,
         attn_implementation=context.recipe.model.attn_implementation,
     )
-    split_backward = plan.job == "train" and splits_backward(plan.schedule)
+    split_backward = plan.job in ("train", "bench") and splits_backward(plan.schedule)
     module = StageModule(model, slice_plan, plan.partition, plan.layout, split_backward=split_backward)
     module.replay.set_checkpointing(plan.activation_checkpointing)
     return module

@@ -1,0 +1,141 @@
+"""``llmpipe bench``."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmpipe_cli.cli import console, jobs
+from llmpipe_cli.cli.options import (
+    DEFAULT_GRACE_SECONDS,
+    DevicesOption,
+    DryRunOption,
+    EnvOption,
+    JsonOption,
+    LauncherOption,
+    RecipeArgument,
+    SetOption,
+)
+from llmpipe_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmpipe_cli.plan.plan import Plan
+    from llmpipe_cli.recipe.load import LoadedRecipe
+    from llmpipe_cli.run import RunDirectory
+
+CompareOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--compare",
+        metavar="FIELD=A,B",
+        help="Measure each value of a field; repeatable: parallel.pipeline=1,2. Every combination is run.",
+    ),
+]
+_ONE_DEVICE = ("parallel.pipeline=1", "parallel.data=1", "parallel.tensor=1", "parallel.partition=auto")
+
+
+def bench(
+    recipe: RecipeArgument,
+    compare: CompareOption = None,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Measured steps of each run.")] = 10,
+    warmup: Annotated[int, typer.Option("--warmup", metavar="N", min=0, help="Steps before them.")] = 3,
+    rounds: Annotated[
+        int, typer.Option("--rounds", metavar="N", min=1, help="Runs of each, in turn with the others.")
+    ] = 2,
+    set_: SetOption = None,
+    devices: DevicesOption = None,
+    launcher: LauncherOption = "local",
+    env: EnvOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure training throughput: layouts and schedules side by side, and the speed-up over one device."""
+    from llmpipe_cli.report.bench import Contender, bench_rows, bench_table
+
+    variants = [(_name(changes), [*(set_ or []), *changes]) for changes in combinations(compare or [])]
+    # Unlike training's own length, evaluations and checkpoints, which a bench leaves out.
+    loaded = [
+        (name, jobs.load(recipe, [*overrides, f"train.max_steps={warmup + steps}"], "train"))
+        for name, overrides in variants
+    ]
+    environment = jobs.read_environment(env)
+    options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, environment, DEFAULT_GRACE_SECONDS)
+    plans = _distinct([(name, one, _plan(one, options)) for name, one in loaded])
+    if not any(plan.layout.num_ranks == 1 for _, _, plan in plans):
+        one = jobs.load(recipe, [*(set_ or []), *_ONE_DEVICE, f"train.max_steps={warmup + steps}"], "train")
+        plans.insert(0, ("one device", one, _plan(one, options)))
+    if plans[0][2].device == "cpu":
+        # A device is a fixed number of cores, whatever the layout, or one device would have all of them.
+        environment.setdefault("OMP_NUM_THREADS", str(_threads(max(plan.layout.num_ranks for _, _, plan in plans))))
+    contenders = [Contender(name, plan.layout.model_dump(), plan.schedule) for name, _, plan in plans]
+    for number in range(rounds):
+        for contender, (name, one, plan) in zip(contenders, plans, strict=True):
+            console.say(f"round {number + 1} of {rounds}: {name}")
+            run = _run(plan, one, options)
+            if run is not None:
+                contender.runs.append(run)
+    if dry_run:
+        return
+    baseline = next(index for index, (_, _, plan) in enumerate(plans) if plan.layout.num_ranks == 1)
+    rows = bench_rows(contenders, baseline, warmup)
+    if as_json:
+        console.print_json({"rows": rows, "baseline": rows[baseline]["system"], "pairs": rounds})
+    else:
+        console.stdout().print(bench_table(rows, baseline))
+
+
+def combinations(compare: Sequence[str]) -> list[list[str]]:
+    """Every combination of ``FIELD=A,B`` entries as lists of ``FIELD=VALUE``; one empty list without entries.
+
+    Raises:
+        UsageError: an entry without a field or a value.
+    """
+    choices = []
+    for entry in compare:
+        name, equals, values = entry.partition("=")
+        if not name or not equals or not all(values.split(",")):
+            raise UsageError("--compare needs FIELD=A,B", where=f"--compare {entry}")
+        choices.append([f"{name}={value}" for value in values.split(",")])
+    return [list(chosen) for chosen in itertools.product(*choices)]
+
+
+def _name(changes: Sequence[str]) -> str:
+    """What is told apart from the others: ``pipeline=2 schedule=zb-h1``."""
+    return " ".join(change.split(".")[-1] if "." in change.split("=")[0] else change for change in changes) or "recipe"
+
+
+def _plan(loaded: LoadedRecipe, options: jobs.LaunchOptions) -> Plan:
+    data = jobs.prepare(loaded)
+    return jobs.plan_job(loaded.recipe, data, jobs.devices_for(options), job="bench", loaded=loaded)
+
+
+def _distinct(plans: list[tuple[str, LoadedRecipe, Plan]]) -> list[tuple[str, LoadedRecipe, Plan]]:
+    """Without those that would do the same work in the same order as one before: one stage has one schedule."""
+    kept: dict[str, tuple[str, LoadedRecipe, Plan]] = {}
+    for name, loaded, plan in plans:
+        work = plan.model_dump(mode="json")
+        del work["recipe"]["parallel"]
+        if plan.layout.pipeline == 1:
+            del work["schedule"]
+        kept.setdefault(json.dumps(work, sort_keys=True), (name, loaded, plan))
+    return list(kept.values())
+
+
+def _threads(num_ranks: int) -> int:
+    from llmpipe_cli.cluster.devices import num_cores
+
+    return max(1, num_cores() // num_ranks)
+
+
+def _run(plan: Plan, loaded: LoadedRecipe, options: jobs.LaunchOptions) -> RunDirectory | None:
+    finished = jobs.run_plan(plan, loaded, Path(loaded.recipe.output_dir), options)
+    if finished is None:
+        return None
+    if finished.exit_code:
+        raise typer.Exit(finished.exit_code)
+    return finished.run

@@ -1,0 +1,72 @@
+"""`llmpipe bench`: combinations of fields, and figures from real runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import Job, steps
+from rank_pool import RankPool
+from typer.testing import CliRunner
+
+from llmpipe_cli.cli.app import app
+from llmpipe_cli.cli.bench import combinations
+from llmpipe_cli.errors import UsageError
+from llmpipe_cli.report.bench import Contender, bench_rows, bench_table
+
+
+def test_combinations() -> None:
+    assert combinations([]) == [[]]
+    assert combinations(["a.b=1,2", "c=x"]) == [["a.b=1", "c=x"], ["a.b=2", "c=x"]]
+    for wrong in ("a", "=1", "a=1,,2", "a="):
+        with pytest.raises(UsageError, match="FIELD=A,B"):
+            combinations([wrong])
+
+
+def test_rows_of_real_runs(tmp_path: Path) -> None:
+    fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    recipe: dict[str, Any] = {
+        "name": "bench",
+        "model": {"config": {"model_type": "llama", "vocab_size": 100, **fields}},
+        "data": {"train": {"synthetic": True}, "sequence_len": 16},
+        "train": {"max_steps": 3, "global_batch_size": 4, "micro_batch_size": 1},
+    }
+    job = Job(tmp_path, recipe)
+    contenders = []
+    with RankPool(2) as pool:
+        for parallel in ({"pipeline": 1}, {"pipeline": 2, "schedule": "zb-h1"}):
+            plan = job.plan(job="bench", parallel=parallel)
+            run = job.start(plan)
+            pool.run_well(run, plan.layout.num_ranks)
+            contenders.append(Contender(str(parallel), plan.layout.model_dump(), plan.schedule, [run]))
+            assert len(steps(run)) == 3
+            assert not list(run.checkpoints.iterdir()), "a bench saves nothing"
+    one, two = bench_rows(contenders, baseline=0, warmup=1)
+    seconds = sorted(line["step_seconds"] for line in steps(contenders[1].runs[0])[1:])
+    assert two["step_seconds"] == pytest.approx(sum(seconds) / 2)
+    assert one["speedup"] == one["efficiency"] == 1.0
+    assert two["speedup"] == pytest.approx(two["tokens_per_second"] / one["tokens_per_second"])
+    assert two["efficiency"] == pytest.approx(two["speedup"] / 2)
+    assert len(two["memory_bytes"]) == 2
+    assert 0.0 <= one["bubble_fraction"] < two["bubble_fraction"] < 1.0
+    assert bench_table([one, two], 0).row_count == 2
+
+
+def test_dry_run_starts_nothing_and_measures_each_work_once(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 64}
+    values = {
+        "name": "b",
+        "model": {"config": config},
+        "data": {"train": {"synthetic": True}, "sequence_len": 16},
+        "train": {"global_batch_size": 4},
+        "output_dir": str(tmp_path / "runs"),
+    }
+    recipe.write_text(json.dumps(values))
+    compare = ["--compare", "parallel.pipeline=1,2", "--compare", "parallel.schedule=1f1b,zb-h1"]
+    result = CliRunner().invoke(app, ["bench", str(recipe), *compare, "--rounds", "1", "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("layout: ") == 3  # one stage has only one order
+    assert not (tmp_path / "runs").exists()
