@@ -47,16 +47,17 @@ def main() -> None:
     arguments = _arguments()
     work = Work(num_layers=arguments.layers, num_micro_batches=arguments.micro_batches)
     names = arguments.systems.split(",")
-    everything: Seconds = {name: [] for name in names}
+    everything: dict[str, Seconds] = {kind: {name: [] for name in names} for kind in ("wall", "cpu")}
     for launch in range(arguments.launches):
         with tempfile.TemporaryDirectory() as folder:
-            for name, seconds in _launch(Path(folder), work, names, arguments).items():
-                everything[name] += seconds
+            for kind, measured in _launch(Path(folder), work, names, arguments).items():
+                for name, seconds in measured.items():
+                    everything[kind][name] += seconds
         print(f"launch {launch + 1} of {arguments.launches} done", file=sys.stderr, flush=True)
     table = _table(everything, work)
     print(table)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"work": asdict(work), "seconds": everything}) + "\n")
+        arguments.json.write_text(json.dumps({"work": asdict(work), **everything}) + "\n")
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(_document(table, work, arguments))
@@ -75,7 +76,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _launch(folder: Path, work: Work, names: list[str], arguments: argparse.Namespace) -> Seconds:
+def _launch(folder: Path, work: Work, names: list[str], arguments: argparse.Namespace) -> dict[str, Seconds]:
     for name in names:
         if name.startswith("llmpipe-"):
             _write_plan(folder, work, name)
@@ -127,13 +128,14 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def _table(everything: Seconds, work: Work) -> str:
-    speeds = {name: [_tokens_per_second(name, s, work) for s in seconds] for name, seconds in everything.items()}
+def _table(everything: dict[str, Seconds], work: Work) -> str:
+    wall, cpu = everything["wall"], everything["cpu"]
+    speeds = {name: [_tokens_per_second(name, s, work) for s in seconds] for name, seconds in wall.items()}
     references = [name for name in REFERENCES if name in speeds]
-    header = ["system", "tokens/s", *(f"x {name}" for name in references)]
+    header = ["system", "tokens/s", "CPU s a step", *(f"x {name}" for name in references)]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for name, values in speeds.items():
-        cells = [LABELS.get(name, name), f"{statistics.median(values):.0f}"]
+        cells = [LABELS.get(name, name), f"{statistics.median(values):.0f}", f"{statistics.median(cpu[name]):.3f}"]
         for reference in references:
             ratios = [own / other for own, other in zip(values, speeds[reference], strict=True)]
             low, middle, high = _quartiles(ratios)
@@ -149,11 +151,12 @@ def _document(table: str, work: Work, arguments: argparse.Namespace) -> str:
 Written by `{shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]])}` (`make bench`).
 
 A Llama with {work.num_layers} layers (hidden {work.hidden_size}, MLP {work.intermediate_size}, {work.num_heads} heads,
-vocabulary {work.vocab_size}, fp32) on {platform.machine()} with {versions}: {work.num_micro_batches} micro-batches of
-{work.micro_batch_size} x {work.sequence_len} tokens a step, AdamW, gradients clipped at {work.max_grad_norm}; two
-processes of one thread each, gloo. All systems live in the same processes and do their steps in turn. Ratios are
-medians over {arguments.launches} launches x {arguments.rounds} rounds of the ratio within a round, quartiles in
-brackets. llmpipe's figures hold its whole training step: reading data, metrics, timeline.
+vocabulary {work.vocab_size}, fp32) on {platform.machine()} with {versions}:
+{work.num_micro_batches} micro-batches of {work.micro_batch_size} x {work.sequence_len} tokens a step, AdamW, gradients
+clipped at {work.max_grad_norm}; two processes of one thread each, gloo. All systems live in the same processes and do
+their steps in turn. Ratios are medians of the ratio within a round over {arguments.launches} launches x
+{arguments.rounds} rounds, quartiles in brackets. CPU seconds are those of both processes together. llmpipe's figures
+hold its whole training step: reading data, metrics, timeline.
 
 {table}
 

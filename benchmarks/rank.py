@@ -1,7 +1,8 @@
 """One rank of a launch of the comparison: builds all systems, then runs their steps in turn.
 
 ``python -m torch.distributed.run ... benchmarks/rank.py FOLDER`` reads FOLDER/launch.json and writes
-FOLDER/seconds.json: for each system the seconds of each round, from a barrier before to a barrier after its step.
+FOLDER/seconds.json: for each system and round the seconds from a barrier before to a barrier after its step, and the
+processor seconds that both ranks spent in it (`cpu`), which a busy machine changes less.
 """
 
 from __future__ import annotations
@@ -30,18 +31,22 @@ def main() -> None:
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, dist_init_required=True)
     rank, work, names = dist.get_rank(), Work(**launch["work"]), launch["systems"]
     systems = {name: build(name, work, rank, folder) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    wall: dict[str, list[float]] = {name: [] for name in names}
+    cpu: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(launch["warmup"] + launch["rounds"]):
         # The order turns round, so that no system always follows the same one.
         for name in names if turn % 2 else reversed(names):
             dist.barrier()
-            started = time.perf_counter()
+            started, busy = time.perf_counter(), time.process_time()
             systems[name].step()
             dist.barrier()
+            spent = torch.tensor([time.perf_counter() - started, time.process_time() - busy], dtype=torch.float64)
+            dist.all_reduce(spent[1:])
             if turn >= launch["warmup"]:
-                seconds[name].append(time.perf_counter() - started)
+                wall[name].append(spent[0].item())
+                cpu[name].append(spent[1].item())
     if rank == 0:
-        (folder / "seconds.json").write_text(json.dumps(seconds))
+        (folder / "seconds.json").write_text(json.dumps({"wall": wall, "cpu": cpu}))
     dist.barrier()
     dist.destroy_process_group()
 
