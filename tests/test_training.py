@@ -125,6 +125,15 @@ def test_layout_equals_one_process(reference: tuple[Job, Any], layout: str, pool
     assert plain_losses[-1] < plain_losses[0]
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zb-h1", "zb-h2"])
+def test_fewer_micro_batches_than_stages(tmp_path: Path, schedule: str, pool: RankPool) -> None:
+    job = Job(tmp_path, _recipe("llama", tmp_path, global_batch_size=2, max_steps=2, warmup_steps=0))
+    plain_losses, plain_norms, _ = train_plain(job.plan())
+    run = job.train(pool, parallel={"pipeline": 4, "schedule": schedule})
+    assert losses(run) == pytest.approx(plain_losses, rel=1e-5)
+    assert [line["grad_norm"] for line in steps(run)] == pytest.approx(plain_norms, rel=1e-5)
+
+
 def test_targets_of_the_global_batch_weigh_alike(tmp_path: Path, pool: RankPool) -> None:
     """Micro-batches with different numbers of target tokens: the loss is the token mean, not the mean of means."""
     job = Job(tmp_path, _recipe("t5", tmp_path, max_steps=1))
