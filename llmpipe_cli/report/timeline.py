@@ -200,7 +200,7 @@ def render(timeline: Timeline, width: int = 100) -> Text:
     label = max(len(_label(rank)) for rank in timeline.ranks)
     columns = max(20, width - label - 2)
     text = Text(no_wrap=True, overflow="crop")
-    title = f"step {timeline.step} · {timeline.schedule} · {formats.duration(timeline.seconds)}"
+    title = f"step {timeline.step} · {timeline.schedule} · {timeline.seconds:.3f} s"
     text.append(title + "\n", style="bold")
     for rank in timeline.ranks:
         text.append(f"{_label(rank):>{label}}  ")
