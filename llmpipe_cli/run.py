@@ -249,7 +249,8 @@ class RunDirectory:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` holds a checkpoint that was written to its end (its content is checked when it is read)."""
-    return (path / "manifest.json").is_file() and (path / "config.json").is_file()
+    has_model = (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
+    return (path / "manifest.json").is_file() and has_model
 
 
 def list_runs(output_dir: Path | str = "runs") -> list[RunDirectory]:

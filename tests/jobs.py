@@ -14,6 +14,7 @@ from llmpipe_cli.data.batches import BatchPlan
 from llmpipe_cli.data.dataset import open_split
 from llmpipe_cli.data.prepare import prepare
 from llmpipe_cli.data.prepared import PreparedData
+from llmpipe_cli.model.adapters import Adapters
 from llmpipe_cli.model.slicing.plan import SlicePlan
 from llmpipe_cli.model.stage import build_stage
 from llmpipe_cli.plan.plan import Plan
@@ -85,7 +86,7 @@ def final_weights(run: RunDirectory) -> dict[str, torch.Tensor]:
 
 
 def full_model(plan: Plan) -> transformers.PreTrainedModel:
-    """The plan's model from scratch, whole, in this process."""
+    """The plan's model as training starts from it, whole, in this process."""
     slice_plan = SlicePlan.from_json(plan.slice_plan)
     model = build_stage(
         getattr(transformers, plan.model_class),
@@ -94,12 +95,22 @@ def full_model(plan: Plan) -> transformers.PreTrainedModel:
         0,
         slice_plan.num_segments,
         seed=plan.recipe["train"]["seed"],
+        weights=plan.weights,
+        adapters=Adapters.from_json(plan.adapters) if plan.adapters is not None else None,
+        adapter_weights=plan.adapter_weights,
+        trainable=plan.trainable,
     )
     return model.train()
 
 
-def train_plain(plan: Plan) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+def train_plain(
+    plan: Plan, model: torch.nn.Module | None = None
+) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """Train as a short Hugging Face script would: one process, the whole model, no DeepSpeed.
+
+    Args:
+        plan: what to train.
+        model: the model in training mode, when it is not the plan's own from scratch.
 
     Returns:
         Loss of each step, gradient norm of each step, and the final weights.
@@ -108,7 +119,7 @@ def train_plain(plan: Plan) -> tuple[list[float], list[float], dict[str, torch.T
     assert settings is not None
     data = PreparedData.model_validate(plan.data)
     assert data.train is not None
-    task, model = get_task(data), full_model(plan)
+    task, model = get_task(data), model or full_model(plan)
     batches = BatchPlan(
         open_split(data.train),
         task,

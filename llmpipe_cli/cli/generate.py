@@ -22,7 +22,7 @@ from llmpipe_cli.cli.options import (
     OutputDirOption,
 )
 from llmpipe_cli.errors import RankError, UsageError
-from llmpipe_cli.run import RunDirectory
+from llmpipe_cli.run import RunDirectory, read_json
 
 ModelArgument = Annotated[
     str,
@@ -81,7 +81,7 @@ def generate(
         options={
             "prompts": texts,
             "max_new_tokens": max_new_tokens,
-            "tokenizer": str(found),
+            "tokenizer": _tokenizer_source(found),
             "sampling": {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed},
         },
     )
@@ -98,6 +98,14 @@ def _name(model: Path | str) -> str:
         return RunDirectory(model.parent.parent).recipe_name
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).lstrip("._-")
     return name[:80] or "model"
+
+
+def _tokenizer_source(model: Path | str) -> str:
+    """The model itself, or for adapters without a tokenizer the model that they belong to."""
+    adapter = read_json(Path(model) / "adapter_config.json")
+    if adapter and not (Path(model) / "tokenizer_config.json").is_file():
+        return str(adapter.get("base_model_name_or_path") or model)
+    return str(model)
 
 
 def _recipe(model: Path | str, dtype: str, stages: int | None) -> Any:

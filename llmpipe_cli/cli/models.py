@@ -66,7 +66,8 @@ def find_model(what: str, output_dir: Path) -> Path | str:
     """A model directory, a run's newest checkpoint, or a hub id left as it is.
 
     Args:
-        what: a folder with a config.json, a run directory, a run's name, or a hub id such as ``gpt2``.
+        what: a folder with a config.json or with peft's adapter_config.json, a run directory, a run's name, or a hub
+            id such as ``gpt2``.
         output_dir: folder of the run directories.
 
     Raises:
@@ -76,7 +77,7 @@ def find_model(what: str, output_dir: Path) -> Path | str:
     path = Path(what)
     if (path / "manifest.json").is_file():
         return find_checkpoint(what, output_dir)
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         return path.resolve()
     if path.is_dir() and path.name != "checkpoints" and not RunDirectory(path).is_run():
         hint = "give a folder that save_pretrained or llmpipe wrote, or a run"

@@ -2,8 +2,9 @@
 
 Every stage writes its own weights as safetensors shards under Hugging Face's names, every rank the optimizer slices it
 owns; rank 0 adds config, tokenizer, index, position and manifest, and renames the directory into place when all ranks
-have written and synced. All ranks learn of a failure on any of them, so a full disk on one node ends the save
-everywhere, with the earlier checkpoints untouched.
+have written and synced. With LoRA the adapters alone are saved, as the one file that peft reads: every stage writes its
+part, rank 0 puts the parts together. All ranks learn of a failure on any of them, so a full disk on one node ends the
+save everywhere, with the earlier checkpoints untouched.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from llmpipe_cli.engine import manifest
 from llmpipe_cli.engine.exchange import gather_json
 from llmpipe_cli.engine.pipeline import Engine
 from llmpipe_cli.engine.state import local_slices, restore, scalars
 from llmpipe_cli.errors import CheckpointError
+from llmpipe_cli.model.adapters import WEIGHTS_FILE, Adapters, adapter_state_dict
 from llmpipe_cli.model.stage import saved_names
 from llmpipe_cli.model.weights import stage_state_dict
 
@@ -67,7 +69,8 @@ def save_checkpoint(
         (partial / TRAINING).mkdir(parents=True)
 
     _together(prepare if is_first else None, final)
-    shards = _own_weight_shards(engine, max_shard_size)
+    adapters = engine.adapters
+    shards = _own_weight_shards(engine, max_shard_size) if adapters is None else _own_adapters(engine, adapters)
     counts = gather_json(len(shards))
     first_shard, num_shards = sum(counts[: dist.get_rank()]), sum(counts)
 
@@ -75,7 +78,7 @@ def save_checkpoint(
         files: Files = {}
         weight_map: dict[str, str] = {}
         for offset, tensors in enumerate(shards):
-            name = _shard_name(first_shard + offset, num_shards)
+            name = _shard_name(first_shard + offset, num_shards) if adapters is None else _part_name(dist.get_rank())
             _save(partial / name, tensors, {"format": "pt"}, files, name)
             weight_map.update(dict.fromkeys(tensors, name))
         _write_optimizer(engine, partial, files)
@@ -96,7 +99,9 @@ def save_checkpoint(
         files: Files = {}
         for entry in written:
             files.update(entry["files"])
-        if num_shards > 1:
+        if adapters is not None:
+            _join_parts(partial, files)
+        elif num_shards > 1:
             _write_index(partial / INDEX, written)
         (partial / TRAINING / "state.json").write_text(json.dumps(state, indent=1) + "\n")
         write_assets(partial)
@@ -209,6 +214,27 @@ def _own_weight_shards(engine: Engine, max_shard_size: str) -> list[dict[str, to
     return [{name: tensors[name] for name in group} for group in split.filename_to_tensors.values()]
 
 
+def _own_adapters(engine: Engine, adapters: Adapters) -> list[dict[str, torch.Tensor]]:
+    """The adapters and whole modules that this rank saves, under peft's names, as one file; none on later replicas."""
+    if engine.grid.get_data_parallel_rank() != 0:
+        return []
+    module = engine.module
+    first, stop = module.bounds[module.stage_id : module.stage_id + 2]
+    wanted = {*adapters.names, *adapters.saved}
+    names = [name for name in saved_names(module.slice_plan, first, stop) if name in wanted]
+    return [adapter_state_dict(module.skeleton, names)] if names else []
+
+
+def _join_parts(partial: Path, files: Files) -> None:
+    """One file of adapters instead of a part a rank."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(partial.glob(_part_name("*"))):
+        tensors.update(load_file(path))
+        path.unlink()
+        del files[path.name]
+    _save(partial / WEIGHTS_FILE, dict(sorted(tensors.items())), {"format": "pt"}, files, WEIGHTS_FILE)
+
+
 def _write_optimizer(engine: Engine, partial: Path, files: Files) -> None:
     tensors = {
         f"{piece.parameter}|{piece.key}|{piece.start}": piece.values.detach().cpu().contiguous()
@@ -227,6 +253,10 @@ def _save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
 
 def _shard_name(index: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _part_name(rank: int | str) -> str:
+    return f"adapter-part-{rank:05d}.safetensors" if isinstance(rank, int) else f"adapter-part-{rank}.safetensors"
 
 
 def _write_index(path: Path, written: list[dict[str, Any]]) -> None:

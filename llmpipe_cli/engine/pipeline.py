@@ -22,6 +22,7 @@ from llmpipe_cli.engine.module import StageModule
 from llmpipe_cli.engine.optimizers import build_optimizer
 from llmpipe_cli.engine.randomness import DrawSeeder
 from llmpipe_cli.engine.schedules import SCHEDULES, forward_only
+from llmpipe_cli.model.adapters import Adapters
 from llmpipe_cli.plan.plan import Plan
 from llmpipe_cli.recipe.schema import TrainSection
 
@@ -62,11 +63,9 @@ class Engine(PipelineEngine):
     ) -> None:
         train = TrainSection.model_validate(plan.recipe["train"])
         self._plan = plan
+        self.adapters = Adapters.from_json(plan.adapters) if plan.adapters is not None else None
         self._loss_function, self._learning_rate = loss_function, learning_rate
-        if not any(parameter.requires_grad for parameter in module.parameters()):
-            # DeepSpeed refuses an optimizer without parameters, and a stage may hold none that learn.
-            module.register_parameter("placeholder", torch.nn.Parameter(torch.zeros(1, dtype=module.skeleton.dtype)))
-            module.placeholder.ds_pipe_replicated = True
+        self._placeholders = _add_placeholders(module)
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         config = deepspeed_config(plan)
         super().__init__(
@@ -119,6 +118,8 @@ class Engine(PipelineEngine):
             scale_loss=scale_loss,
             on_output=keep_loss,
         )
+        for placeholder in self._placeholders:
+            (0.0 * placeholder).sum().backward()
         recorder = self.executor.recorder
         recorder.begin("reduce")
         self._exec_reduce_tied_grads()
@@ -172,6 +173,8 @@ class Engine(PipelineEngine):
     def _exec_reduce_tied_grads(self) -> None:
         """Sum the gradients of tied weights over their stages, also where a stage made none."""
         for weight, group in self.module.get_tied_weights_and_groups():
+            if not weight.requires_grad:
+                continue
             if self.using_bf16_optimizer:
                 gradient = getattr(weight, "_hp_grad", None)
                 assert gradient is not None, "a tied weight got no gradient"
@@ -192,3 +195,20 @@ class Engine(PipelineEngine):
         total = torch.tensor(value, dtype=torch.int64, device=self.device)
         dist.all_reduce(total, group=self.grid.get_data_parallel_group())
         return int(total)
+
+
+def _add_placeholders(module: StageModule) -> list[torch.nn.Parameter]:
+    """Parameters that learn nothing, where a stage has no matrix or no vector of its own that learns.
+
+    DeepSpeed needs something to optimize and a gradient to take the norm of, and under ZeRO-1 all stages must have the
+    same groups of parameters: the norm of each group is summed over them. Ties that other stages count do not help.
+    """
+    added = []
+    for name, shape in (("placeholder_matrix", (1, 1)), ("placeholder_vector", (1,))):
+        own = [p for p in module.parameters() if p.requires_grad and not p.ds_pipe_replicated]
+        if not any((parameter.dim() >= 2) == (len(shape) == 2) for parameter in own):
+            parameter = torch.nn.Parameter(torch.zeros(shape, dtype=module.skeleton.dtype))
+            parameter.ds_pipe_replicated = False  # type: ignore[attr-defined]
+            module.register_parameter(name, parameter)
+            added.append(parameter)
+    return added

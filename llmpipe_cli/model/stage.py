@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from llmpipe_cli.model.adapters import Adapters, attach, draw_adapter, read_adapter_weights
 from llmpipe_cli.model.initialise import initialise
 from llmpipe_cli.model.skeleton import FIRST_VALUE, all_names, build_skeleton, replace_parameter
 from llmpipe_cli.model.slicing.plan import SlicePlan
@@ -42,6 +44,10 @@ def build_stage(
     seed: int | None = None,
     weights: str | Path | None = None,
     attn_implementation: str = "auto",
+    adapters: Adapters | None = None,
+    adapter_weights: str | Path | None = None,
+    trainable: Collection[str] | None = None,
+    allow_pickle: bool = False,
 ) -> PreTrainedModel:
     """The model with the parameters of segments [start, stop) and all buffers real on `device`, the rest on meta.
 
@@ -50,26 +56,57 @@ def build_stage(
     Args:
         seed: weights from scratch, drawn from this seed; with `weights` it draws what the files do not contain.
         weights: model directory to read from.
+        adapters: LoRA adapters to put into the model; `plan` knows them (`adapters.extend_plan`).
+        adapter_weights: directory of adapters to read; without it they are drawn from `seed`.
+        trainable: names of the parameters that learn; None means all.
+        allow_pickle: read pytorch_model.bin too.
 
     Raises:
         UsageError, CheckpointError: see `build_skeleton`, `initialise` and `read_weights`.
     """
     model = build_skeleton(cls, config, dtype=dtype, attn_implementation=attn_implementation)
-    names = list(dict.fromkeys([*stage_parameters(plan, start, stop), *plan.replicated]))
+    added = set(adapters.names) if adapters is not None else set()
+    own = dict.fromkeys([*stage_parameters(plan, start, stop), *plan.replicated])
+    names = [name for name in own if name not in added]
     if weights is not None:
-        read_weights(model, names, weights, device=device, seed=seed or 0)
+        read_weights(model, names, weights, device=device, seed=seed or 0, allow_pickle=allow_pickle)
     else:
         groups = all_names(model)
         for name in names:
             make_real(model, groups[name], device)
         if seed is not None:
             initialise(model, names, seed)
+    if adapters is not None:
+        _add_adapters(model, adapters, [name for name in own if name in added], adapter_weights, device, seed or 0)
+        if adapter_weights is not None:
+            read_adapter_weights(model, [name for name in names if name in adapters.saved], Path(adapter_weights))
+    if trainable is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trainable)
     _move_tensors(model, torch.device(device))
     for name in (*plan.replicated, *plan.unused):
         model.get_parameter(name).requires_grad_(False)
     for parameter in model.parameters():
         parameter.__dict__.pop(FIRST_VALUE, None)
     return model
+
+
+def _add_adapters(
+    model: PreTrainedModel,
+    adapters: Adapters,
+    own: list[str],
+    directory: str | Path | None,
+    device: torch.device | str,
+    seed: int,
+) -> None:
+    """Put all adapters into the model and make the stage's own ones real."""
+    attach(model, adapters)
+    for name in own:
+        make_real(model, (name,), device)
+        if directory is None:
+            draw_adapter(name, model.get_parameter(name), seed)
+    if directory is not None:
+        read_adapter_weights(model, own, Path(directory))
 
 
 def make_real(model: PreTrainedModel, names: tuple[str, ...], device: torch.device | str) -> None:

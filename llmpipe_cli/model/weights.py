@@ -1,12 +1,14 @@
 """Weights in and out of a Hugging Face model directory, one stage at a time.
 
 Reading opens the safetensors files lazily and takes only the tensors that this stage's parameters are made of, through
-transformers' own renaming and fusing. Writing gives the names and tensors that `save_pretrained` would write.
+transformers' own renaming and fusing. Pickles (pytorch_model.bin) are read only when that is asked for. Writing gives
+the names and tensors that `save_pretrained` would write.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ def read_weights(
     *,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    allow_pickle: bool = False,
 ) -> list[str]:
     """Read parameters, and all buffers that a checkpoint contains, from a model directory.
 
@@ -42,24 +45,55 @@ def read_weights(
         names: first names of the parameters to read.
         directory: folder with `model.safetensors`, or its shards.
         seed: draws what the files do not contain, such as a new classification head.
+        allow_pickle: read pytorch_model.bin where there are no safetensors.
 
     Returns:
         Names that the files do not contain and that were initialised instead.
 
     Raises:
-        UsageError: the directory holds no safetensors weights.
+        UsageError: the directory holds no weights that may be read.
         CheckpointError: a file cannot be read, or a tensor has another shape than the config says.
     """
     wanted = list(names)
     groups = all_names(model)
-    with _opened(weight_files(Path(directory))) as stored:
-        if hasattr(model, "_weight_conversions"):
-            del model._weight_conversions
-        view = _StageView(model, {alias for name in wanted for alias in groups[name]})
-        conversions: Any = get_model_conversion_mapping(model)
-        settings = LoadStateDictConfig(device_map={"": device}, weight_mapping=conversions)
-        with _no_progress_bar():
-            info, _ = convert_and_load_state_dict_in_model(view, stored, settings)  # type: ignore[arg-type]
+    with _opened(weight_files(Path(directory), allow_pickle=allow_pickle)) as stored:
+        _convert(model, stored, {alias for name in wanted for alias in groups[name]}, device, directory)
+        mapped = {address for tensor in stored.values() for address in tensor.addresses}
+        return _complete(model, wanted, groups, mapped, device, seed)
+
+
+def missing_names(model: PreTrainedModel, directory: str | Path, *, allow_pickle: bool = False) -> list[str]:
+    """First names of the parameters that a model directory does not contain; reads no tensor.
+
+    Args:
+        model: the model, its parameters on meta.
+        directory: see `read_weights`.
+        allow_pickle: see `read_weights`.
+
+    Raises:
+        UsageError, CheckpointError: see `read_weights`.
+    """
+    groups = all_names(model)
+    with _opened(weight_files(Path(directory), allow_pickle=allow_pickle)) as stored:
+        shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
+        missing = _convert(model, shapes, {alias for names in groups.values() for alias in names}, "meta", directory)
+    return [name for name, aliases in groups.items() if all(alias in missing for alias in aliases)]
+
+
+def _convert(
+    model: PreTrainedModel,
+    stored: dict[str, Any],
+    names: set[str],
+    device: torch.device | str,
+    directory: str | Path,
+) -> set[str]:
+    """Put stored tensors into the model through transformers' renaming and fusing; returns the names not found."""
+    if hasattr(model, "_weight_conversions"):
+        del model._weight_conversions
+    conversions: Any = get_model_conversion_mapping(model)
+    settings = LoadStateDictConfig(device_map={"": device}, weight_mapping=conversions)
+    with _no_progress_bar():
+        info, _ = convert_and_load_state_dict_in_model(_StageView(model, names), stored, settings)  # type: ignore[arg-type]
     # later saves use the current library's names, whatever form these files had
     del model._weight_conversions
     if info.mismatched_keys:
@@ -70,8 +104,7 @@ def read_weights(
     if info.conversion_errors:
         name, message = sorted(info.conversion_errors.items())[0]
         raise CheckpointError(f"{name} cannot be converted: {message.strip().splitlines()[-1]}", where=str(directory))
-    mapped = {address for tensor in stored.values() for address in tensor.addresses}
-    return _complete(model, wanted, groups, mapped, device, seed)
+    return set(info.missing_keys)
 
 
 def _complete(
@@ -115,6 +148,11 @@ class _StoredTensor:
         self.addresses.append(tensor.untyped_storage().data_ptr())
         return tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape; reads nothing."""
+        return tuple(self._stored.shape if isinstance(self._stored, Tensor) else self._stored.get_shape())
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stored, name)
 
@@ -137,47 +175,70 @@ class _StageView:
         setattr(self._model, name, value)
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory.
+def weight_files(directory: Path, *, allow_pickle: bool = False) -> list[Path]:
+    """The weight files of a model directory: safetensors, or pickles where those are allowed and alone.
 
     Raises:
         UsageError: there are none.
+        CheckpointError: an index cannot be read, or a file that it names is missing.
     """
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        import json
-
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"the index cannot be read: {error}", where=str(index)) from error
-        missing = [name for name in names if not (directory / name).is_file()]
-        if missing:
-            raise CheckpointError(f"{missing[0]} is missing", where=str(directory))
-        return [directory / name for name in names]
-    if (directory / "model.safetensors").is_file():
-        return [directory / "model.safetensors"]
-    if list(directory.glob("pytorch_model*.bin")):
+    for name in ("model.safetensors", *(("pytorch_model.bin",) if allow_pickle else ())):
+        index = directory / f"{name}.index.json"
+        if index.is_file():
+            return _indexed_files(index)
+        if (directory / name).is_file():
+            return [directory / name]
+    if any(directory.glob("pytorch_model*.bin")):
         raise UsageError(
-            "the weights are pickles (pytorch_model.bin), which are never read",
+            "the weights are pickles (pytorch_model.bin), which are not read unless the recipe says so",
             where=str(directory),
-            hint="convert them once with AutoModel.from_pretrained(...).save_pretrained(...)",
+            hint="write allow_pickle: true under model: (only tensors are taken), or convert them once with "
+            "AutoModel.from_pretrained(...).save_pretrained(...)",
         )
     raise UsageError("no model.safetensors found", where=str(directory))
 
 
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"the index cannot be read: {error}", where=str(index)) from error
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{missing[0]} is missing", where=str(index.parent))
+    return [index.parent / name for name in names]
+
+
 @contextlib.contextmanager
 def _opened(files: list[Path]) -> Iterator[dict[str, _StoredTensor]]:
-    """Lazy slices of all tensors in the files, by name; nothing is read yet."""
-    slices: dict[str, _StoredTensor] = {}
+    """All tensors in the files by name, as lazy slices or mapped into memory; nothing is read yet."""
+    stored: dict[str, _StoredTensor] = {}
     with contextlib.ExitStack() as stack:
         for path in files:
+            if path.suffix == ".bin":
+                stored.update({name: _StoredTensor(tensor) for name, tensor in _read_pickle(path).items()})
+                continue
             try:
                 handle = stack.enter_context(safe_open(path, framework="pt"))
-                slices.update({name: _StoredTensor(handle.get_slice(name)) for name in handle.keys()})  # noqa: SIM118 - the handle is no mapping
+                stored.update({name: _StoredTensor(handle.get_slice(name)) for name in handle.keys()})  # noqa: SIM118 - the handle is no mapping
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"the weights cannot be read: {error}", where=str(path)) from error
-        yield slices
+        yield stored
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pytorch_model.bin; `weights_only` lets nothing but tensors be made from it."""
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format of before 2020 cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling raises many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"the weights cannot be read: {reason}", where=str(path)) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError("the file holds something other than named tensors", where=str(path))
+    return state
 
 
 @contextlib.contextmanager

@@ -67,7 +67,13 @@ class Plan(_Frozen):
     model_class: str
     """Name of the transformers class, for example LlamaForCausalLM."""
     weights: str | None
-    """Directory with the safetensors to start from; none starts from scratch."""
+    """Directory with the weights to start from; none starts from scratch."""
+    adapters: dict[str, Any] | None = None
+    """`model.adapters.Adapters` as JSON; none without LoRA."""
+    adapter_weights: str | None = None
+    """Directory with the adapters to start from; none draws new ones."""
+    trainable: list[str] | None = None
+    """Names of the parameters that learn; none means all."""
     slice_plan: dict[str, Any]
     layout: Layout
     partition: list[int]

@@ -13,9 +13,11 @@ from typing import Any, Literal
 from llmpipe_cli.data.prepared import PreparedData
 from llmpipe_cli.engine.manifest import training_state
 from llmpipe_cli.errors import UsageError
+from llmpipe_cli.model.adapters import config_section, split_adapter
 from llmpipe_cli.model.auto import load_config, model_class, resolve_weights
 from llmpipe_cli.model.slicing.trace import NotSliceableError, trace_config, whole_plan
 from llmpipe_cli.plan.layout import choose_layout, choose_micro_batch_size, choose_schedule, choose_zero_stage
+from llmpipe_cli.plan.learning import choose_learning
 from llmpipe_cli.plan.partition import balance
 from llmpipe_cli.plan.plan import Job, Layout, Plan, TrainingSettings
 from llmpipe_cli.recipe.schema import Recipe, TrainSection
@@ -48,15 +50,16 @@ def make_plan(
         UsageError: recipe, model and data do not fit; `where` is the recipe's dotted key.
         PreflightError: the machine has too few devices.
     """
-    section = recipe.model
+    given = recipe.model
     if checkpoint is not None and job == "train":
         recipe = _going_on(recipe, training_state(checkpoint))
     if checkpoint is not None:
-        section = section.model_copy(update={"config": None, "from_": str(checkpoint), "revision": None})
+        given = given.model_copy(update={"config": None, "from_": str(checkpoint), "revision": None})
+    section, adapter = split_adapter(given)
     vocab_size = data.vocab_size if data is not None and data.tokenizer_dir is not None else None
     labels = data.label_names if data is not None else None
     config = load_config(
-        section,
+        config_section(section, adapter),
         recipe.task,
         num_labels=len(labels) if labels is not None else None,
         vocab_size=vocab_size,
@@ -79,6 +82,9 @@ def make_plan(
         if recipe.parallel.pipeline != 1:
             raise
         slice_plan = whole_plan(cls, config)
+    weights = resolve_weights(section) if section.from_ is not None else None
+    learning = choose_learning(recipe, job, cls, config, slice_plan, section, weights, adapter, resuming=checkpoint)
+    slice_plan = learning.slice_plan
     layout = choose_layout(recipe, num_devices, device, slice_plan.num_segments)
     bounds = _partition(recipe, layout, slice_plan.flops(recipe.data.sequence_len))
     micro_batch_size, num_micro_batches = choose_micro_batch_size(recipe, layout)
@@ -93,7 +99,10 @@ def make_plan(
         model_type=config.model_type,
         model_config_fields=json.loads(config.to_json_string(use_diff=False)),
         model_class=cls.__name__,
-        weights=str(resolve_weights(section)) if section.from_ is not None else None,
+        weights=str(weights) if weights is not None else None,
+        adapters=learning.adapters.to_json() if learning.adapters is not None else None,
+        adapter_weights=str(adapter) if adapter is not None else None,
+        trainable=learning.trainable,
         slice_plan=slice_plan.to_json(),
         layout=layout,
         partition=bounds,

@@ -95,6 +95,28 @@ def _model(context: _Context) -> Iterator[Finding]:
         yield Finding(("model.revision",), "`model.revision` belongs to `model.from`", "remove it, or name the model")
 
 
+def _lora(context: _Context) -> Iterator[Finding]:
+    recipe, lora = context.recipe, context.recipe.lora
+    for name in ("freeze", "trainable"):
+        patterns = getattr(recipe.train, name)
+        if any(not pattern.strip() for pattern in patterns):
+            yield Finding((f"train.{name}",), f"`{name}` holds an empty pattern", 'for example "*.embed_tokens"')
+        if patterns and lora is not None:
+            message = f"`{name}` has no place beside `lora`, which freezes all but the adapters"
+            hint = "name modules that are to be trained whole in lora.modules_to_save"
+            yield Finding((f"train.{name}", "lora"), message, hint)
+    if lora is None:
+        return
+    if recipe.model.from_ is None and recipe.model.config is not None:
+        message = "LoRA adapts a pretrained model, and `model.config` builds one from scratch"
+        yield Finding(("lora", "model.from", "model.config"), message, "write model: {from: NAME}")
+    if lora.target_modules == []:
+        yield Finding(("lora.target_modules",), "`target_modules` is empty", "write auto, all-linear or names")
+    if isinstance(recipe.parallel.tensor, int) and recipe.parallel.tensor > 1:
+        message = "LoRA with tensor shards is not available in this version"
+        yield Finding(("lora", "parallel.tensor"), message, "write tensor: 1")
+
+
 def _tokenizer(context: _Context) -> Iterator[Finding]:
     recipe = context.recipe
     if not isinstance(recipe.tokenizer, TrainedTokenizer):
@@ -370,6 +392,7 @@ def _without_effect(context: _Context) -> Iterator[Finding]:
 _CHECKS: tuple[Callable[[_Context], Iterator[Finding]], ...] = (
     _task,
     _model,
+    _lora,
     _tokenizer,
     _data_sources,
     _data_shape,

@@ -74,6 +74,15 @@ ACCEPTED: dict[str, dict[str, str]] = {
         "beta1": "adam_beta1",
         "beta2": "adam_beta2",
     },
+    "lora": {
+        "rank": "r",
+        "lora_r": "r",
+        "lora_rank": "r",
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+        "lora_target_modules": "target_modules",
+        "lora_target": "target_modules",
+    },
     "train.early_stopping": {"early_stopping_patience": "patience", "early_stopping_threshold": "min_delta"},
     "parallel": {
         "pp": "pipeline",
@@ -119,9 +128,15 @@ ELSEWHERE: dict[str, str] = {
     "val_size": "data.validation.fraction",
     "metric_for_best_model": "checkpoint.keep_best",
     "early_stopping_patience": "train.early_stopping.patience",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target_modules": "lora.target_modules",
+    "lora_target": "lora.target_modules",
 }
 
-_LORA = "LoRA is not available in this version: every parameter is trained"
+_FREEZE = 'write glob patterns over parameter names under train:, for example freeze: ["*.embed_tokens"]'
 _BATCH = "write `global_batch_size` (samples a step, over all devices) or `micro_batch_size` (samples a micro-batch)"
 NOT_HERE: dict[str, str] = {
     "batch_size": _BATCH,
@@ -152,12 +167,12 @@ NOT_HERE: dict[str, str] = {
     "sequence_parallel": "sequence parallelism is not available",
     "context_parallel": "sequence parallelism is not available",
     "expert_parallel": "expert parallelism is not available",
-    "lora": _LORA,
-    "lora_r": _LORA,
-    "lora_rank": _LORA,
-    "lora_alpha": _LORA,
-    "lora_dropout": _LORA,
-    "peft": _LORA,
+    "peft": "write a section `lora: {r: 8, alpha: 16}`",
+    "adapter": "write a section `lora: {r: 8, alpha: 16}`",
+    "finetuning_type": "write a section `lora: {r: 8, alpha: 16}`; without it every parameter is trained",
+    "unfrozen_parameters": "write glob patterns over parameter names under train:, for example trainable: [lm_head]",
+    "freeze_layers": _FREEZE,
+    "frozen_parameters": _FREEZE,
     "chat_template": "the task chat is not available in this version",
     "name": "the part of a dataset is named by `subset`",
     "path": "write `files: ...` (glob patterns) or `dataset: ...` (hub id or folder)",

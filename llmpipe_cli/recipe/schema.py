@@ -38,6 +38,22 @@ class ModelSection(Section):
     """Sets every dropout probability of the model's config; unset keeps the config's own."""
     trust_remote_code: bool = False
     """Allow Python code that comes with the model to run."""
+    allow_pickle: bool = False
+    """Read weights from pytorch_model.bin where there are no safetensors; only tensors are taken from it."""
+
+
+class LoraSection(Section):
+    r: PositiveInt = 8
+    """Rank: rows of A and columns of B."""
+    alpha: Annotated[float, Field(gt=0.0)] = 16.0
+    """The adapters' results are multiplied by alpha / r."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout of the adapters' inputs."""
+    target_modules: list[str] | Literal["auto", "all-linear"] = "auto"
+    """Layers to adapt, by module name or its last part(s), such as [q_proj, v_proj]; all-linear takes every linear
+    layer but the head; auto takes what peft does for the model's type, or all-linear."""
+    modules_to_save: list[str] = Field(default_factory=list)
+    """Modules that are trained whole and saved with the adapters; a new head always is."""
 
 
 class TokenizerTraining(Section):
@@ -147,6 +163,11 @@ class TrainSection(Section):
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     """Decides weights from scratch, sample order and dropout."""
+    freeze: list[str] = Field(default_factory=list)
+    """Parameters that stay as they are: glob patterns over Hugging Face names, such as `*.embed_tokens` or
+    `model.layers.[0-3]`; a module's name stands for all its parameters."""
+    trainable: list[str] = Field(default_factory=list)
+    """Train these parameters only, written as in `freeze`, which takes away from them."""
     early_stopping: EarlyStopping | None = None
 
 
@@ -199,6 +220,8 @@ class Recipe(Section):
     """Hub id or directory, or `{train: {vocab_size: 8000}}`; unset takes the one beside `model.from`."""
     data: DataSection = Field(default_factory=DataSection)
     train: TrainSection = Field(default_factory=TrainSection)
+    lora: LoraSection | None = None
+    """Train small adapters beside the frozen weights of `model.from`; `lora: {}` takes the defaults."""
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)

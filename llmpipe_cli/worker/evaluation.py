@@ -112,7 +112,7 @@ def evaluate(context: Context) -> int:
             context.run.evaluation,
             {
                 "task": data.task,
-                "checkpoint": context.plan.weights,
+                "checkpoint": context.plan.adapter_weights or context.plan.weights,
                 "metrics": values,
                 "num_samples": evaluator.num_samples,
                 "num_target_tokens": evaluator.num_target_tokens,

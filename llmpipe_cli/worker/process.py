@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from llmpipe_cli.engine.exchange import broadcast_json
 from llmpipe_cli.engine.module import StageModule
 from llmpipe_cli.engine.schedules import splits_backward
+from llmpipe_cli.model.adapters import Adapters
 from llmpipe_cli.model.slicing.plan import SlicePlan
 from llmpipe_cli.model.stage import build_stage
 from llmpipe_cli.plan.plan import Plan
@@ -108,6 +109,10 @@ def load_stage(context: Context) -> StageModule:
         seed=context.recipe.train.seed,
         weights=plan.weights,
         attn_implementation=context.recipe.model.attn_implementation,
+        adapters=Adapters.from_json(plan.adapters) if plan.adapters is not None else None,
+        adapter_weights=plan.adapter_weights,
+        trainable=set(plan.trainable) if plan.trainable is not None else None,
+        allow_pickle=context.recipe.model.allow_pickle,
     )
     split_backward = plan.job in ("train", "bench") and splits_backward(plan.schedule)
     module = StageModule(model, slice_plan, plan.partition, plan.layout, split_backward=split_backward)

@@ -28,6 +28,7 @@ from llmpipe_cli.engine.loss import make_loss
 from llmpipe_cli.engine.manifest import point, remove_old, training_state
 from llmpipe_cli.engine.pipeline import Engine, StepResult
 from llmpipe_cli.errors import EXIT_STOPPED, CheckpointError, NumericsError
+from llmpipe_cli.model.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from llmpipe_cli.run import write_json
 from llmpipe_cli.tasks.registry import get_task
 from llmpipe_cli.worker.evaluation import Evaluator
@@ -292,8 +293,13 @@ class Trainer:
         config = config_from_fields(self.plan)
         config.architectures = [self.plan.model_class]
         config.dtype = skeleton.dtype
-        config.save_pretrained(directory)
-        if skeleton.can_generate():
+        if self.plan.adapters is not None:
+            # transformers takes a directory with a config.json for a whole model, also beside adapters.
+            write_json(directory / ADAPTER_CONFIG, self.plan.adapters["config"])
+            config.save_pretrained(directory / "training")
+        else:
+            config.save_pretrained(directory)
+        if self.plan.adapters is None and skeleton.can_generate():
             skeleton.generation_config.save_pretrained(directory)
         if self.data.tokenizer_dir is not None:
             AutoTokenizer.from_pretrained(self.data.tokenizer_dir).save_pretrained(directory)
