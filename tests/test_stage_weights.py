@@ -232,3 +232,23 @@ def test_memory_while_loading_is_the_stages_own(model_type: str, tmp_path: Path)
         assert 0.3 * total < measured["own"] < 0.7 * total
         assert measured["after"] >= 0.95 * measured["own"], "weights must not stay mapped to the file"
         assert measured["peak"] <= 1.3 * measured["own"] + 30e6, measured
+
+
+def test_pickles_only_on_request(tmp_path: Path) -> None:
+    """pytorch_model.bin gives the very weights of the safetensors, and nothing but tensors comes out of it."""
+    config = tiny_config("gpt2", "causal-lm")
+    cls = model_class(config, "causal-lm")
+    plan = trace_config(cls, config, "causal-lm", sequence_len=16)
+    whole = build_stage(cls, config, plan, 0, plan.num_segments, seed=5)
+    state = {name: tensor for name, tensor in whole.state_dict().items() if name != "lm_head.weight"}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UsageError, match="pickles") as caught:
+        build_stage(cls, config, plan, 0, 2, weights=tmp_path)
+    assert "allow_pickle: true" in (caught.value.hint or "")
+    for start, stop in bounds_of(plan.num_segments):
+        stage = build_stage(cls, config, plan, start, stop, weights=tmp_path, allow_pickle=True)
+        for name in stage_parameters(plan, start, stop):
+            assert torch.equal(stage.get_parameter(name), whole.get_parameter(name)), name
+    torch.save({"weight": print}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError):
+        build_stage(cls, config, plan, 0, 2, weights=tmp_path, allow_pickle=True)

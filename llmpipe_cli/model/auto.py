@@ -15,7 +15,6 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmpipe_cli.errors import UsageError
-from llmpipe_cli.model.weights import weight_files
 from llmpipe_cli.recipe.schema import ModelSection
 
 logger = logging.getLogger(__name__)
@@ -136,11 +135,10 @@ def resolve_weights(section: ModelSection) -> Path:
     """Folder with the weights of `model.from`; a hub id is downloaded first.
 
     Raises:
-        UsageError: neither a folder nor a hub id that can be downloaded, or there are no weights that may be read.
+        UsageError: neither a folder nor a hub id that can be downloaded.
     """
     assert section.from_ is not None
     if Path(section.from_).is_dir():
-        weight_files(Path(section.from_), allow_pickle=section.allow_pickle)
         return Path(section.from_)
     from huggingface_hub import snapshot_download
 
@@ -148,14 +146,12 @@ def resolve_weights(section: ModelSection) -> Path:
     if section.allow_pickle:
         patterns += ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
     try:
-        directory = Path(snapshot_download(section.from_, revision=section.revision, allow_patterns=patterns))
+        return Path(snapshot_download(section.from_, revision=section.revision, allow_patterns=patterns))
     except Exception as error:  # the hub raises many kinds, all of which mean that the weights are not there
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
             f"{section.from_} cannot be downloaded: {reason}", hint="name a local folder instead"
         ) from error
-    weight_files(directory, allow_pickle=section.allow_pickle)
-    return directory
 
 
 def _field_names(cls: type[PreTrainedConfig]) -> set[str]:

@@ -16,6 +16,7 @@ from llmpipe_cli.errors import UsageError
 from llmpipe_cli.model.adapters import config_section, split_adapter
 from llmpipe_cli.model.auto import load_config, model_class, resolve_weights
 from llmpipe_cli.model.slicing.trace import NotSliceableError, trace_config, whole_plan
+from llmpipe_cli.model.weights import weight_files
 from llmpipe_cli.plan.layout import choose_layout, choose_micro_batch_size, choose_schedule, choose_zero_stage
 from llmpipe_cli.plan.learning import choose_learning
 from llmpipe_cli.plan.partition import balance
@@ -83,6 +84,8 @@ def make_plan(
             raise
         slice_plan = whole_plan(cls, config)
     weights = resolve_weights(section) if section.from_ is not None else None
+    if weights is not None:
+        weight_files(weights, allow_pickle=section.allow_pickle)
     learning = choose_learning(recipe, job, cls, config, slice_plan, section, weights, adapter, resuming=checkpoint)
     slice_plan = learning.slice_plan
     layout = choose_layout(recipe, num_devices, device, slice_plan.num_segments)
