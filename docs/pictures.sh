@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 runs=${1:-runs/pictures}
 llmpipe=${LLMPIPE:-.venv/bin/llmpipe}
-common=(recipes/demo.yaml --set "output_dir=$runs" --set train.max_steps=100 --set train.global_batch_size=8
+common=(recipes/demo.yaml --set "output_dir=$runs" --set train.max_steps=100 --set train.warmup_ratio=0.1
     --set evaluation.every_steps=20)
 
 name() { ls -td "$runs/$1"-* | head -n 1; }
