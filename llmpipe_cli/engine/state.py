@@ -121,10 +121,13 @@ def restore(engine: Engine, keys: dict[str, set[str]], shared: dict[str, float],
 
 def _restore_partitions(engine: Engine, keys: dict[str, set[str]], shared: dict[str, float], read: ReadSlice) -> None:
     optimizer, state = engine.basic_optimizer, engine.basic_optimizer.state
+    element_keys = set().union(*keys.values()) - {MASTER}
     for group in optimizer.param_groups:
         partition = group["params"][0]
         # A fresh ZeRO optimizer may already have stepped once over zeros to allocate its state.
         state[partition] = {key: torch.tensor(value, dtype=torch.float32) for key, value in shared.items()}
+        # Zeros where nothing was saved: a partition may hold padding or a placeholder alone.
+        state[partition].update({key: torch.zeros_like(partition, requires_grad=False) for key in element_keys})
     for name, parameter in _named_parameters(engine):
         mapping = parameter._hp_mapping
         if mapping is None:
@@ -136,8 +139,7 @@ def _restore_partitions(engine: Engine, keys: dict[str, set[str]], shared: dict[
             if key == MASTER:
                 mapping.hp_fragment.data.copy_(read(name, key, start, count))
                 continue
-            buffer = state[partition].setdefault(key, torch.zeros_like(partition, requires_grad=False))
-            buffer.narrow(0, address.start, address.numel).copy_(read(name, key, start, count))
+            state[partition][key].narrow(0, address.start, address.numel).copy_(read(name, key, start, count))
         if MASTER not in keys.get(name, ()):
             mapping.hp_fragment.data.copy_(parameter.detach().flatten()[start : start + count])
     # DeepSpeed keeps views of the state; they are made anew at the next step.
