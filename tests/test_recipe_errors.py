@@ -308,7 +308,6 @@ BROKEN: list[tuple[str, str, str, str, str]] = [
     ("replicas", HEAD + "train: {global_batch_size: 6}\nparallel: {data: 4}", "3:28", "multiple of data 4", "8 or 4"),
     ("empty pattern", HEAD + 'train: {freeze: [""]}', "3:17", "`freeze` holds an empty pattern", "embed_tokens"),
     # LoRA
-    ("LoRA from scratch", "name: x\nmodel: {config: {model_type: a}}\nlora: {}", "3:7", "from scratch", "from: NAME"),
     ("freezing beside LoRA", HEAD + "lora: {}\ntrain: {freeze: [a]}", "4:17", "beside `lora`", "modules_to_save"),
     ("no targets", HEAD + "lora: {target_modules: []}", "3:24", "`target_modules` is empty", "all-linear"),
     # layout and precision

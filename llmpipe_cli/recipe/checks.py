@@ -107,9 +107,11 @@ def _lora(context: _Context) -> Iterator[Finding]:
             yield Finding((f"train.{name}", "lora"), message, hint)
     if lora is None:
         return
-    if recipe.model.from_ is None and recipe.model.config is not None:
+    if recipe.model.from_ is None and recipe.model.config is not None and context.job != "evaluate":
         message = "LoRA adapts a pretrained model, and `model.config` builds one from scratch"
-        yield Finding(("lora", "model.from", "model.config"), message, "write model: {from: NAME}")
+        hint = "write model: {from: NAME}, or `llmpipe finetune RECIPE --from NAME`"
+        paths = ("lora", "model.from", "model.config")
+        yield Finding(paths, message, hint, is_warning=context.job is None)
     if lora.target_modules == []:
         yield Finding(("lora.target_modules",), "`target_modules` is empty", "write auto, all-linear or names")
     if isinstance(recipe.parallel.tensor, int) and recipe.parallel.tensor > 1:
