@@ -40,6 +40,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "2x2": {"pipeline": 2, "data": 2, "zero_stage": 0},
     "2x2-zero1": {"pipeline": 2, "data": 2, "zero_stage": 1},
     "2-checkpointing": {"pipeline": 2, "activation_checkpointing": "full"},
+    "3-zb-h1": {"pipeline": 3, "schedule": "zb-h1"},
 }
 # The embedding alone on the first stage and the head alone on the last: neither holds anything that learns.
 BARE_ENDS = {"pipeline": 3, "partition": [1, 3, 1]}
