@@ -17,11 +17,11 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from llmpipe_cli.engine.config import deepspeed_config
-from llmpipe_cli.engine.executor import LossFunction, MicroBatch, OutputFunction, StageExecutor
+from llmpipe_cli.engine.executor import LossFunction, MicroBatch, StageExecutor
 from llmpipe_cli.engine.module import StageModule
 from llmpipe_cli.engine.optimizers import build_optimizer
 from llmpipe_cli.engine.randomness import DrawSeeder
-from llmpipe_cli.engine.schedules import SCHEDULES, forward_only
+from llmpipe_cli.engine.schedules import SCHEDULES
 from llmpipe_cli.model.adapters import Adapters
 from llmpipe_cli.plan.plan import Plan
 from llmpipe_cli.recipe.schema import TrainSection
@@ -130,13 +130,6 @@ class Engine(PipelineEngine):
         recorder.end()
         loss_sum = float(torch.stack(losses).sum()) if losses else 0.0
         return StepResult(loss_sum, num_targets, float(self._global_grad_norm), not self._step_applied)
-
-    def forward_batches(self, batches: Sequence[MicroBatch], on_output: OutputFunction | None) -> None:
-        """Forward passes only, in evaluation mode and without gradients."""
-        self.module.eval()
-        with torch.no_grad():
-            order = forward_only(self.stage_id, self.num_stages, len(batches))
-            self.executor.run(order, batches, on_output=on_output)
 
     def _do_sanity_check(self) -> None:
         """DeepSpeed refuses fp16 on processors without fast kernels for it; torch computes it on all of them."""
