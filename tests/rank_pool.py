@@ -1,25 +1,28 @@
 """A pool of rank processes that run worker jobs one after another.
 
-Importing torch and DeepSpeed takes seconds a process; the pool pays for it once a test module. Each job is the real
-worker (`llmpipe_cli.worker`) over a real gloo process group of the size the plan asks for. Run as a script, this file
-is one member of the pool: it reads a job a line from stdin and answers with the exit code on stdout.
+Importing torch, transformers and DeepSpeed takes seconds a process. A fork server pays for it once a test session and
+forks every member of every pool from there. Each job is the real worker (`llmpipe_cli.worker`) over a real gloo process
+group of the size that the plan asks for.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-import subprocess
-import sys
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from pathlib import Path
-from typing import Any
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 
 from llmpipe_cli.run import RunDirectory, read_json
 
 _GOOD = (0, 75)
 _GRACE_SECONDS = 10
+_PRELOAD = [
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("bert", "gpt2", "llama", "mixtral", "qwen2", "t5")),
+    *(f"llmpipe_cli.worker.{name}" for name in ("bench", "evaluation", "generation", "training")),
+]
+_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+_context = get_context("forkserver")
 
 
 class RankPool:
@@ -27,7 +30,7 @@ class RankPool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._members: list[subprocess.Popen[str]] = []
+        self._members: list[tuple[BaseProcess, Connection]] = []
 
     def __enter__(self) -> RankPool:
         self._start()
@@ -37,40 +40,52 @@ class RankPool:
         self._stop()
 
     def _start(self) -> None:
-        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, __file__]
-        self._members = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-            for _ in range(self.size)
-        ]
+        before = dict(os.environ)
+        os.environ.update(_ENVIRONMENT)  # the fork server keeps what it finds when the first member is started
+        try:
+            _context.set_forkserver_preload(_PRELOAD)
+            for _ in range(self.size):
+                ours, theirs = _context.Pipe()
+                member = _context.Process(target=_serve, args=(theirs,), daemon=True)
+                member.start()
+                theirs.close()
+                self._members.append((member, ours))
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
     def _stop(self) -> None:
-        for member in self._members:
+        for member, connection in self._members:
             member.kill()
-            member.wait()
+            member.join()
+            connection.close()
+        self._members = []
 
     def run(self, run: RunDirectory, num_ranks: int) -> list[int]:
-        """Run the plan of `run` on the first `num_ranks` members; returns their exit codes."""
+        """Run the plan of `run` on the first `num_ranks` members; returns their exit codes, -1 for one that died."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        members = self._members[:num_ranks]
-        for rank, member in enumerate(members):
-            job = {"run": str(run.path), "rank": rank, "world": num_ranks, "port": port}
-            assert member.stdin is not None
-            member.stdin.write(json.dumps(job) + "\n")
-            member.stdin.flush()
-        with ThreadPoolExecutor(num_ranks) as threads:
-            answers = [threads.submit(_answer, member) for member in members]
-            while not all(answer.done() for answer in answers):
-                wait(answers, timeout=0.2, return_when=FIRST_COMPLETED)
-                if any(answer.done() and answer.result() not in _GOOD for answer in answers):
-                    # The others may wait for the failed one for ever.
-                    wait(answers, timeout=_GRACE_SECONDS)
-                    self._stop()
-                    self._start()
-                    break
-            return [answer.result() for answer in answers]
+        connections = [connection for _, connection in self._members[:num_ranks]]
+        for rank, connection in enumerate(connections):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_PORT": port}
+            connection.send((str(run.path), {name: str(value) for name, value in place.items()}))
+        codes: dict[Connection, int] = {}
+        failed = False
+        while waiting := [connection for connection in connections if connection not in codes]:
+            # After a failure the others may wait for the failed one for ever.
+            ready = wait(waiting, timeout=_GRACE_SECONDS if failed else None)
+            if not ready:
+                break
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                codes[connection] = _answer(connection)
+            failed = failed or any(code not in _GOOD for code in codes.values())
+        answers = [codes.get(connection, -1) for connection in connections]
+        if failed:
+            self._stop()
+            self._start()
+        return answers
 
     def run_well(self, run: RunDirectory, num_ranks: int) -> None:
         """Run the plan and fail with the first rank's traceback unless every rank ended with 0."""
@@ -81,41 +96,33 @@ class RankPool:
             raise AssertionError(f"exit codes {codes}; rank {first['rank']}:\n{first['traceback']}")
 
 
-def _answer(member: subprocess.Popen[str]) -> int:
-    """The member's exit code; -1 when it died without one."""
-    assert member.stdout is not None
-    for line in member.stdout:
-        if line.startswith("EXIT "):
-            return int(line.split()[1])
-    return -1
+def _answer(connection: Connection) -> int:
+    try:
+        return connection.recv()
+    except EOFError:
+        return -1
 
 
-def _serve() -> None:
+def _serve(connection: Connection) -> None:
+    """A member: takes a run directory and its place in the process group, answers with the worker's exit code."""
+    import sys
+
     import deepspeed.comm.comm
     import torch.distributed
 
     from llmpipe_cli.worker.__main__ import main
 
-    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a job prints goes to stderr
-    for line in sys.stdin:
-        job: dict[str, Any] = json.loads(line)
-        os.environ.update(
-            RANK=str(job["rank"]),
-            LOCAL_RANK=str(job["rank"]),
-            WORLD_SIZE=str(job["world"]),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(job["port"]),
-        )
-        sys.argv = ["worker", job["run"]]
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    while True:
+        try:
+            run, place = connection.recv()
+        except EOFError:
+            return
+        os.environ.update(place)
+        sys.argv = ["worker", run]
         code = main()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         deepspeed.comm.comm.cdb = None
-        answers.write(f"EXIT {code}\n")
-        answers.flush()
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    _serve()
+        connection.send(code)
