@@ -8,6 +8,7 @@ token comes from the logits of its own last token. After every round the last st
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from llmpipe_cli.engine.executor import MicroBatch, StageExecutor
 from llmpipe_cli.engine.schedules import forward_only
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.worker.process import Context, load_stage
-from llmpipe_cli.worker.sampling import Sampler, Sampling
+from llmpipe_cli.worker.sampling import GenerationSettings, Sampler, Sampling
 from llmpipe_cli.worker.telemetry import MetricsWriter
 
 _FINISHED = -1
@@ -46,7 +47,8 @@ def generate(context: Context) -> int:
     rows = _read_prompts(options["prompts"], tokenizer)
     metrics = MetricsWriter(context.run.metrics if context.is_first else None)
     metrics.event("start", step=0, max_steps=options["max_new_tokens"], layout=context.plan.layout.model_dump())
-    generator = _Generator(context, executor, tokenizer)
+    settings = GenerationSettings(options["max_new_tokens"], 1, Sampling(**options["sampling"]))
+    generator = _Generator(context, executor, settings, context.plan.micro_batch_size)
     for count in range(options["max_new_tokens"]):
         active = [row for row in rows if not row.finished]
         if not active or context.stop.is_set():
@@ -63,23 +65,63 @@ def generate(context: Context) -> int:
     return 0
 
 
+def generate_hypotheses(
+    context: Context,
+    executor: StageExecutor,
+    sources: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    *,
+    batch_size: int | None = None,
+) -> list[list[int]]:
+    """What the model writes for each source: the one way to generate on ranks that are already joined.
+
+    For an encoder-decoder model a source is the encoder's input, for others the prompt. All ranks of a replica (the
+    stages of one pipeline) must call this together with the same arguments; replicas are independent of each other.
+
+    Args:
+        context: the worker's context.
+        executor: runs this rank's stage; its module's mode (training or not) is restored.
+        sources: token ids of each source, special tokens included, without padding.
+        settings: greedy search, sampling or beam search.
+        batch_size: sources a micro-batch; the plan's by default.
+
+    Returns:
+        The new token ids of each source, in order and on every rank: without the source, without the decoder's start
+        token, and without the end-of-text token and what would follow it.
+    """
+    if settings.num_beams not in (None, 1):
+        raise UsageError("beam search is not available yet", where="num_beams")
+    rows = [_Row(index, "", list(source)) for index, source in enumerate(sources)]
+    generator = _Generator(context, executor, settings, batch_size or context.plan.micro_batch_size)
+    was_training = executor.module.training
+    executor.module.eval()
+    for _ in range(settings.max_new_tokens):
+        active = [row for row in rows if not row.finished]
+        if not active:
+            break
+        generator.extend(active)
+    executor.module.train(was_training)
+    return [row.new for row in rows]
+
+
 class _Generator:
-    def __init__(self, context: Context, executor: StageExecutor, tokenizer: PreTrainedTokenizerBase) -> None:
-        options = context.plan.options
+    def __init__(
+        self, context: Context, executor: StageExecutor, settings: GenerationSettings, batch_size: int
+    ) -> None:
         self._executor, self._device = executor, context.device
         self._stages = context.plan.layout.pipeline
         self._stage = context.stage
-        self._batch_size = context.plan.micro_batch_size
+        self._batch_size = batch_size
         self._last_rank = dist.get_world_size() - 1
         config = executor.module.skeleton.config
         self._start_token = int(config.decoder_start_token_id) if config.is_encoder_decoder else -1
         self._is_encoder_decoder = config.is_encoder_decoder
         self._max_positions = getattr(config, "max_position_embeddings", None)
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self._pad = config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else 0
         ends = executor.module.skeleton.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        self._end_tokens = {token for token in [*ends, tokenizer.eos_token_id] if token is not None}
-        self._sampler = Sampler(Sampling(**options["sampling"]))
+        self._end_tokens = {token for token in ends if token is not None}
+        self._sampler = Sampler(settings.sampling)
 
     def extend(self, rows: list[_Row]) -> None:
         """Add one token to each row; marks rows that are finished."""

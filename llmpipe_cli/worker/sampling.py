@@ -28,6 +28,22 @@ class Sampling:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How texts are generated.
+
+    Attributes:
+        max_new_tokens: most tokens that are added to a prompt, or that a decoder writes.
+        num_beams: width of beam search; 1 is greedy search or sampling, None leaves it to the model's own
+            generation_config.json (1 where that says nothing).
+        sampling: how single tokens are drawn.
+    """
+
+    max_new_tokens: int = 64
+    num_beams: int | None = None
+    sampling: Sampling = Sampling()
+
+
 class Sampler:
     """Draws next tokens; a draw depends on the seed, the prompt and the position alone, not on batch or layout.
 
