@@ -7,7 +7,7 @@ tool's own environment (WANDB_API_KEY, WANDB_PROJECT, WANDB_MODE ...).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from llmpipe_cli.run import RunDirectory
@@ -79,7 +79,7 @@ class Trackers:
     """
 
     def __init__(
-        self, names: list[str], run: RunDirectory, config: Mapping[str, Any], warn: Callable[[str], None]
+        self, names: Sequence[str], run: RunDirectory, config: Mapping[str, Any], warn: Callable[[str], None]
     ) -> None:
         self._warn = warn
         self._open: dict[str, Tracker] = {}
