@@ -312,8 +312,22 @@ BROKEN: list[tuple[str, str, str, str, str]] = [
     ("no targets", HEAD + "lora: {target_modules: []}", "3:24", "`target_modules` is empty", "all-linear"),
     # layout and precision
     ("tensor shards", HEAD + "parallel: {tensor: 2}", "3:20", "tensor shards are not available", "write 1 or auto"),
-    ("schedule", HEAD + "parallel: {schedule: zb-v}", "3:22", "schedule zb-v is not available", "1f1b, gpipe, zb-h1"),
-    ("interleaved", HEAD + "parallel: {schedule: interleaved}", "3:22", "is not available in this version", "gpipe"),
+    (
+        "interleaved, one part",
+        HEAD + "parallel: {schedule: interleaved, virtual_stages: 1}",
+        "3:51",
+        "cannot be interleaved",
+        "2 or more",
+    ),
+    ("zb-v", HEAD + "parallel: {schedule: zb-v, interleave: 3}", "3:40", "zb-v has 2 parts a stage", "leave"),
+    ("virtual stages", HEAD + "parallel: {virtual_stages: 2}", "3:28", "has one part a stage", "interleaved"),
+    (
+        "partition of parts",
+        HEAD + "parallel: {pipeline: 2, schedule: zb-v, partition: [1, 1, 1]}",
+        "3:52",
+        "3 parts; 2 stages have 2 each",
+        "write 4 numbers",
+    ),
     (
         "partition",
         HEAD + "parallel: {pipeline: 2, partition: [1, 1, 1]}",

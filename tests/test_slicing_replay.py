@@ -76,7 +76,7 @@ def test_checkpointing_keeps_less() -> None:
     inputs = tiny_inputs("causal-lm", sequence_len=32)
     saved = {}
     for mode in ("none", "selective", "full"):
-        model = build_stage(model_class(config, "causal-lm"), config, plan, 0, 3, seed=0)
+        model = build_stage(model_class(config, "causal-lm"), config, plan, range(3), seed=0)
         stage = StageReplay(model, plan, 0, 3)
         stage.set_checkpointing(mode)  # type: ignore[arg-type]
         sizes: list[int] = []
@@ -99,9 +99,9 @@ def test_bf16_stage_runs() -> None:
         plan = trace_config(cls, config, "causal-lm", sequence_len=16)
         middle, last = plan.num_segments // 2, plan.num_segments
         inputs = tiny_inputs("causal-lm")
-        first = build_stage(cls, config, plan, 0, middle, dtype=torch.bfloat16, seed=3)
-        second = build_stage(cls, config, plan, middle, last, dtype=torch.bfloat16, seed=3)
-        whole = build_stage(cls, config, plan, 0, last, dtype=torch.bfloat16, seed=3)
+        first = build_stage(cls, config, plan, range(middle), dtype=torch.bfloat16, seed=3)
+        second = build_stage(cls, config, plan, range(middle, last), dtype=torch.bfloat16, seed=3)
+        whole = build_stage(cls, config, plan, range(last), dtype=torch.bfloat16, seed=3)
         carry = StageReplay(first, plan, 0, middle)(None, inputs)
         assert all(tensor.dtype is torch.bfloat16 for tensor in carry if tensor.is_floating_point())
         output = StageReplay(second, plan, middle, last)(carry, inputs)

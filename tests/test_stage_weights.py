@@ -45,12 +45,12 @@ def test_from_scratch_through_files_and_back(task: str, model_type: str, tmp_pat
     bounds = bounds_of(plan.num_segments)
 
     # the same weights on one stage and on two, and nothing but its own on each
-    whole = build_stage(cls, config, plan, 0, plan.num_segments, seed=5)
+    whole = build_stage(cls, config, plan, range(plan.num_segments), seed=5)
     weights = dict(whole.named_parameters())
     assert not any(parameter.is_meta for parameter in weights.values())
-    stages = [build_stage(cls, config, plan, start, stop, seed=5) for start, stop in bounds]
+    stages = [build_stage(cls, config, plan, range(start, stop), seed=5) for start, stop in bounds]
     for stage, (start, stop) in zip(stages, bounds, strict=True):
-        own = {*stage_parameters(plan, start, stop), *plan.replicated}
+        own = {*stage_parameters(plan, range(start, stop)), *plan.replicated}
         assert {name for name, parameter in stage.named_parameters() if not parameter.is_meta} == own
         assert all(torch.equal(parameter, weights[name]) for name, parameter in stage.named_parameters() if name in own)
 
@@ -59,7 +59,7 @@ def test_from_scratch_through_files_and_back(task: str, model_type: str, tmp_pat
     expected = load_file(tmp_path / "whole" / "model.safetensors")
     found: dict[str, torch.Tensor] = {}
     for stage, (start, stop) in zip(stages, bounds, strict=True):
-        part = stage_state_dict(stage, saved_names(plan, start, stop))
+        part = stage_state_dict(stage, saved_names(plan, range(start, stop)))
         assert not part.keys() & found.keys()
         found |= part
     assert found.keys() == expected.keys()
@@ -79,8 +79,8 @@ def test_from_scratch_through_files_and_back(task: str, model_type: str, tmp_pat
 
     # and read again by stages
     for start, stop in bounds:
-        stage = build_stage(cls, config, plan, start, stop, weights=directory, seed=99)
-        own = {*stage_parameters(plan, start, stop), *plan.replicated}
+        stage = build_stage(cls, config, plan, range(start, stop), weights=directory, seed=99)
+        own = {*stage_parameters(plan, range(start, stop)), *plan.replicated}
         for name, parameter in stage.named_parameters():
             assert parameter.is_meta == (name not in own)
             assert parameter.is_meta or torch.equal(parameter, weights[name]), name
@@ -92,7 +92,7 @@ def test_initialisation_is_that_of_transformers() -> None:
         config = tiny_config(model_type, task)
         cls = model_class(config, task)
         plan = trace_config(cls, config, task, sequence_len=16)
-        mine = dict(build_stage(cls, config, plan, 0, plan.num_segments, seed=0).named_parameters())
+        mine = dict(build_stage(cls, config, plan, range(plan.num_segments), seed=0).named_parameters())
         torch.manual_seed(0)
         for name, parameter in cls._from_config(config).named_parameters():
             found, expected = mine[name].detach(), parameter.detach()
@@ -107,7 +107,9 @@ def test_seed_and_name_decide() -> None:
     config = tiny_config("llama")
     cls = model_class(config, "causal-lm")
     plan = trace_config(cls, config, "causal-lm", sequence_len=16)
-    first, same, other = (dict(build_stage(cls, config, plan, 1, 3, seed=s).named_parameters()) for s in (1, 1, 2))
+    first, same, other = (
+        dict(build_stage(cls, config, plan, range(1, 3), seed=s).named_parameters()) for s in (1, 1, 2)
+    )
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(first[name], same[name])
     assert not torch.equal(first[name], other[name])
@@ -119,13 +121,13 @@ def test_a_new_head_on_a_pretrained_body(tmp_path: Path) -> None:
     config = tiny_config("bert", "masked-lm")
     cls = model_class(config, "masked-lm")
     plan = trace_config(cls, config, "masked-lm", sequence_len=16)
-    body = build_stage(cls, config, plan, 0, plan.num_segments, seed=1)
+    body = build_stage(cls, config, plan, range(plan.num_segments), seed=1)
     body.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path, num_labels=3)
     cls = model_class(config, "classification")
     plan = trace_config(cls, config, "classification", sequence_len=16)
-    whole = build_stage(cls, config, plan, 0, plan.num_segments, weights=tmp_path, seed=7)
-    last = build_stage(cls, config, plan, plan.num_segments - 1, plan.num_segments, weights=tmp_path, seed=7)
+    whole = build_stage(cls, config, plan, range(plan.num_segments), weights=tmp_path, seed=7)
+    last = build_stage(cls, config, plan, range(plan.num_segments - 1, plan.num_segments), weights=tmp_path, seed=7)
     assert torch.equal(whole.bert.encoder.layer[1].output.dense.weight, body.bert.encoder.layer[1].output.dense.weight)
     assert torch.equal(whole.classifier.weight, last.classifier.weight)
     assert float(whole.classifier.weight.detach().std()) == pytest.approx(0.02, rel=0.5)
@@ -135,11 +137,11 @@ def test_sharded_files_and_bf16(tmp_path: Path) -> None:
     config = tiny_config("mixtral")
     cls = model_class(config, "causal-lm")
     plan = trace_config(cls, config, "causal-lm", sequence_len=16)
-    whole = build_stage(cls, config, plan, 0, plan.num_segments, seed=1)
+    whole = build_stage(cls, config, plan, range(plan.num_segments), seed=1)
     whole.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
-    stage = build_stage(cls, config, plan, 2, 4, weights=tmp_path, dtype=torch.bfloat16)
-    for name in stage_parameters(plan, 2, 4):
+    stage = build_stage(cls, config, plan, range(2, 4), weights=tmp_path, dtype=torch.bfloat16)
+    for name in stage_parameters(plan, range(2, 4)):
         assert torch.equal(stage.get_parameter(name), whole.get_parameter(name).to(torch.bfloat16)), name
 
 
@@ -149,7 +151,7 @@ def test_broken_weights_are_told(tmp_path: Path) -> None:
     plan = trace_config(cls, config, "causal-lm", sequence_len=16)
 
     def read() -> None:
-        build_stage(cls, config, plan, 0, plan.num_segments, weights=tmp_path)
+        build_stage(cls, config, plan, range(plan.num_segments), weights=tmp_path)
 
     with pytest.raises(UsageError, match=r"no model\.safetensors"):
         read()
@@ -162,7 +164,7 @@ def test_broken_weights_are_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         read()
     other = tiny_config("llama", intermediate_size=64)
-    build_stage(cls, other, plan, 0, plan.num_segments, seed=1).save_pretrained(tmp_path)
+    build_stage(cls, other, plan, range(plan.num_segments), seed=1).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"has shape \(32, 64\), the config asks for \(32, 48\)"):
         read()
     file.unlink()
@@ -190,7 +192,7 @@ config = AutoConfig.from_pretrained(directory)
 cls = model_class(config, "causal-lm")
 import deepspeed, transformers.integrations.moe, transformers.core_model_loading  # a constant, not the model's
 half = plan.num_segments // 2
-build_stage(cls, config, plan, 0, 0)  # so is what a first construction leaves behind
+build_stage(cls, config, plan, range(0))  # so is what a first construction leaves behind
 before = peak = anonymous_bytes()
 done = False
 def watch():
@@ -200,10 +202,10 @@ def watch():
         time.sleep(0.002)
 thread = threading.Thread(target=watch)
 thread.start()
-model = build_stage(cls, config, plan, 0, half, seed=seed, weights=None if seed is not None else directory)
+model = build_stage(cls, config, plan, range(half), seed=seed, weights=None if seed is not None else directory)
 done = True
 thread.join()
-own = sum(model.get_parameter(n).numel() * 4 for n in stage_parameters(plan, 0, half))
+own = sum(model.get_parameter(n).numel() * 4 for n in stage_parameters(plan, range(half)))
 print(json.dumps({"own": own, "peak": peak - before, "after": anonymous_bytes() - before}))
 """
 
@@ -221,7 +223,7 @@ def test_memory_while_loading_is_the_stages_own(model_type: str, tmp_path: Path)
     cls = model_class(config, "causal-lm")
     plan = trace_config(cls, config, "causal-lm", sequence_len=16)
     (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
-    build_stage(cls, config, plan, 0, plan.num_segments, seed=1).save_pretrained(tmp_path, max_shard_size="100MB")
+    build_stage(cls, config, plan, range(plan.num_segments), seed=1).save_pretrained(tmp_path, max_shard_size="100MB")
     total = sum(segment.num_parameters for segment in plan.segments) * 4
     assert 200e6 < total < 400e6
     for seed in ("-", "3"):
@@ -239,16 +241,16 @@ def test_pickles_only_on_request(tmp_path: Path) -> None:
     config = tiny_config("gpt2", "causal-lm")
     cls = model_class(config, "causal-lm")
     plan = trace_config(cls, config, "causal-lm", sequence_len=16)
-    whole = build_stage(cls, config, plan, 0, plan.num_segments, seed=5)
+    whole = build_stage(cls, config, plan, range(plan.num_segments), seed=5)
     state = {name: tensor for name, tensor in whole.state_dict().items() if name != "lm_head.weight"}
     torch.save(state, tmp_path / "pytorch_model.bin")
     with pytest.raises(UsageError, match="pickles") as caught:
-        build_stage(cls, config, plan, 0, 2, weights=tmp_path)
+        build_stage(cls, config, plan, range(2), weights=tmp_path)
     assert "allow_pickle: true" in (caught.value.hint or "")
     for start, stop in bounds_of(plan.num_segments):
-        stage = build_stage(cls, config, plan, start, stop, weights=tmp_path, allow_pickle=True)
-        for name in stage_parameters(plan, start, stop):
+        stage = build_stage(cls, config, plan, range(start, stop), weights=tmp_path, allow_pickle=True)
+        for name in stage_parameters(plan, range(start, stop)):
             assert torch.equal(stage.get_parameter(name), whole.get_parameter(name)), name
     torch.save({"weight": print}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError):
-        build_stage(cls, config, plan, 0, 2, weights=tmp_path, allow_pickle=True)
+        build_stage(cls, config, plan, range(2), weights=tmp_path, allow_pickle=True)

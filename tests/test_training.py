@@ -38,6 +38,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "2-checkpointing-zb-h1": {"pipeline": 2, "activation_checkpointing": "selective", "schedule": "zb-h1"},
     "3-gpipe": {"pipeline": 3, "schedule": "gpipe"},
     "4-zb-h2": {"pipeline": 4, "schedule": "zb-h2"},
+    "2-interleaved": {"pipeline": 2, "schedule": "interleaved"},
+    "2x2-zero1-zb-v": {"pipeline": 2, "data": 2, "zero_stage": 1, "schedule": "zb-v"},
 }
 
 

@@ -205,8 +205,7 @@ def _own_weight_shards(engine: Engine, max_shard_size: str) -> list[dict[str, to
     if engine.grid.get_data_parallel_rank() != 0:
         return []
     module = engine.module
-    first, stop = module.bounds[module.stage_id : module.stage_id + 2]
-    names = saved_names(module.slice_plan, first, stop)
+    names = saved_names(module.slice_plan, module.segments)
     tensors = {name: tensor.contiguous() for name, tensor in stage_state_dict(module.skeleton, names).items()}
     if not tensors:
         return []
@@ -219,9 +218,8 @@ def _own_adapters(engine: Engine, adapters: Adapters) -> list[dict[str, torch.Te
     if engine.grid.get_data_parallel_rank() != 0:
         return []
     module = engine.module
-    first, stop = module.bounds[module.stage_id : module.stage_id + 2]
     wanted = {*adapters.names, *adapters.saved}
-    names = [name for name in saved_names(module.slice_plan, first, stop) if name in wanted]
+    names = [name for name in saved_names(module.slice_plan, module.segments) if name in wanted]
     return [adapter_state_dict(module.skeleton, names)] if names else []
 
 

@@ -1,17 +1,18 @@
 """Runs a schedule on one stage: forward and backward passes of micro-batches, with the transfers around them.
 
 Every rank holds the inputs of all its replica's micro-batches, so only activations and their gradients travel. A
-forward pass takes the carried tensors from the previous stage, replays this stage and starts sending the result; a
-backward pass takes the gradients of what was sent, runs autograd once over all outputs and starts sending the
+forward pass takes the carried tensors from the part of the model before, replays its own part and starts sending the
+result; a backward pass takes the gradients of what was sent, runs autograd once over all outputs and starts sending the
 gradients of what was received. Schedules that split the backward pass run its second half, the weight gradients of
-linear layers, as an instruction of its own.
+linear layers, as an instruction of its own. A stage of several chunks has such ends for each of them.
 
 What each instruction took is recorded (`engine.recorder`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from llmpipe_cli.engine.module import Carry, StageModule
 from llmpipe_cli.engine.randomness import DrawSeeder
 from llmpipe_cli.engine.recorder import Recorder
 from llmpipe_cli.engine.schedules import Instruction
-from llmpipe_cli.engine.transfers import Receiver, Sender, batch_key
+from llmpipe_cli.engine.transfers import Handover, Receiver, Sender, batch_key
 from llmpipe_cli.engine.weight_gradients import Pending, WeightGradients
 
 OutputFunction = Callable[[int, Any], None]
@@ -46,6 +47,24 @@ class MicroBatch:
 LossFunction = Callable[[Any, MicroBatch], torch.Tensor]
 
 
+Key = tuple[int, int]  # chunk and micro-batch
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """The ends of one part of the model: where its tensors come from and where they go, none at the model's ends.
+
+    `gradient_free_in` and `gradient_free_out` are positions in the carry for which no gradient comes back.
+    """
+
+    activations_in: Receiver | Handover | None = None
+    gradients_out: Sender | Handover | None = None
+    activations_out: Sender | Handover | None = None
+    gradients_in: Receiver | Handover | None = None
+    gradient_free_in: frozenset[int] = frozenset()
+    gradient_free_out: frozenset[int] = frozenset()
+
+
 class StageExecutor:
     """Executes instructions for the stage of this rank.
 
@@ -56,33 +75,22 @@ class StageExecutor:
 
     Attributes:
         recorder: when each instruction waited and worked.
+        peak_activations: the most micro-batches whose activations were alive at once, since the last reset; of several
+            chunks each counts for itself.
     """
 
     def __init__(self, module: StageModule, device: torch.device, seeder: DrawSeeder | None = None) -> None:
         self.module, self.device = module, device
         self.recorder = Recorder()
-        grid, stage = module.mpu(), module.stage_id
-        self.is_first, self.is_last = stage == 0, stage == module.num_stages - 1
+        self.peak_activations = 0
         self._seeder = seeder
-        module.replay.seed_fn = seeder
-        self._inputs: dict[int, Carry] = {}  # received tensors of micro-batches whose backward pass is to come
-        self._outputs: dict[int, Any] = {}  # what they became
+        for replay in module.replays:
+            replay.seed_fn = seeder
+        self._inputs: dict[Key, Carry] = {}  # received tensors of micro-batches whose backward pass is to come
+        self._outputs: dict[Key, Any] = {}  # what they became
         self._weight_gradients: WeightGradients | None = module.weight_gradients
-        self._postponed: dict[int, Pending] = {}  # weight gradients of micro-batches, to be computed
-        # One communicator a direction; made by all ranks together.
-        forward_group, backward_group = dist.new_group(), dist.new_group()
-        plan, bounds = module.slice_plan, module.bounds
-        self._gradient_free_in = set() if self.is_first else plan.gradient_free(bounds[stage])
-        self._gradient_free_out = set() if self.is_last else plan.gradient_free(bounds[stage + 1])
-        if not self.is_first:
-            peer = grid.stage_to_global(stage_id=stage - 1)
-            num_carried = plan.num_carried(bounds[stage])
-            self._activations_in = Receiver(peer, forward_group, device, num_carried)
-            self._gradients_out = Sender(peer, backward_group, device)
-        if not self.is_last:
-            peer = grid.stage_to_global(stage_id=stage + 1)
-            self._activations_out = Sender(peer, forward_group, device)
-            self._gradients_in = Receiver(peer, backward_group, device)
+        self._postponed: dict[Key, Pending] = {}  # weight gradients of micro-batches, to be computed
+        self._chunks = _connect(module, device)
 
     def run(
         self,
@@ -100,35 +108,39 @@ class StageExecutor:
             instructions: forward and backward passes in this stage's order.
             batches: the replica's micro-batches, in order.
             step: optimizer step, for randomness.
-            loss_function: last stage, before a backward pass: the loss from the model's output and its micro-batch.
-            scale_loss: last stage: what to call backward on, from the loss and its micro-batch.
-            on_output: last stage: receives the position of each micro-batch and its detached loss (training) or the
+            loss_function: last part, before a backward pass: the loss from the model's output and its micro-batch.
+            scale_loss: last part: what to call backward on, from the loss and its micro-batch.
+            on_output: last part: receives the position of each micro-batch and its detached loss (training) or the
                 model's output (forward only).
         """
-        if not self.is_first:
-            for position in (instruction.micro_batch for instruction in instructions if instruction.kind == "F"):
-                self._activations_in.announce(batch_key(batches[position].inputs))
         training = any(instruction.kind != "F" for instruction in instructions)
+        for kind, position, chunk in instructions:
+            incoming = self._chunks[chunk].activations_in
+            if kind == "F" and incoming is not None:
+                incoming.announce(batch_key(batches[position].inputs))
         if not training:
             self.recorder.restart()
-        for kind, position in instructions:
-            self.recorder.begin(kind, position)
+        for kind, position, chunk in instructions:
+            self.recorder.begin(kind, position, chunk)
             if kind == "F":
-                self._forward(position, batches[position], step, training, loss_function, scale_loss, on_output)
+                self._forward(chunk, position, batches[position], step, training, loss_function, scale_loss, on_output)
             elif kind == "W":
-                self._compute_weight_gradients(position)
+                self._compute_weight_gradients((chunk, position))
             else:
-                self._backward(position)
+                self._backward((chunk, position))
                 if kind == "B":
-                    self._compute_weight_gradients(position)
+                    self._compute_weight_gradients((chunk, position))
             self.recorder.end()
         self.recorder.begin("send")
-        for sender in self._senders():
-            sender.finish()
+        for ends in self._chunks:
+            for sender in (ends.activations_out, ends.gradients_out):
+                if sender is not None:
+                    sender.finish()
         self.recorder.end()
 
     def _forward(
         self,
+        chunk: int,
         position: int,
         batch: MicroBatch,
         step: int,
@@ -137,19 +149,21 @@ class StageExecutor:
         scale_loss: Callable[[torch.Tensor, MicroBatch], torch.Tensor] | None,
         on_output: OutputFunction | None,
     ) -> None:
-        carry = None if self.is_first else tuple(self._activations_in.receive())
+        ends = self._chunks[chunk]
+        carry = tuple(ends.activations_in.receive()) if ends.activations_in is not None else None
         self.recorder.arrived()
         if carry is not None and training:
-            for index in self._with_gradient(carry, self._gradient_free_in):
+            for index in self._with_gradient(carry, ends.gradient_free_in):
                 carry[index].requires_grad_()
         if self._seeder is not None:
             self._seeder.set_position(step, batch.index)
-        output = self.module(carry, batch.inputs)
-        if not self.is_last:
-            self._activations_out.send(output, batch_key(batch.inputs))
+        output = self.module(carry, batch.inputs, chunk)
+        if ends.activations_out is not None:
+            ends.activations_out.send(output, batch_key(batch.inputs))
             if training:
-                expected = self._with_gradient(output, self._gradient_free_out)
-                self._gradients_in.announce(None, [(output[i].dtype, tuple(output[i].shape)) for i in expected])
+                assert ends.gradients_in is not None
+                expected = self._with_gradient(output, ends.gradient_free_out)
+                ends.gradients_in.announce(None, [(output[i].dtype, tuple(output[i].shape)) for i in expected])
         elif training:
             assert loss_function is not None
             assert scale_loss is not None
@@ -160,37 +174,74 @@ class StageExecutor:
         elif on_output is not None:
             on_output(position, output)
         if training:
-            self._inputs[position] = carry or ()
-            self._outputs[position] = output
+            self._inputs[chunk, position] = carry or ()
+            self._outputs[chunk, position] = output
+            self.peak_activations = max(self.peak_activations, len(self._outputs) + len(self._postponed))
 
-    def _backward(self, position: int) -> None:
-        carry, output = self._inputs.pop(position), self._outputs.pop(position)
-        gradients = None if self.is_last else self._gradients_in.receive()
+    def _backward(self, key: Key) -> None:
+        ends = self._chunks[key[0]]
+        carry, output = self._inputs.pop(key), self._outputs.pop(key)
+        gradients = ends.gradients_in.receive() if ends.gradients_in is not None else None
         self.recorder.arrived()
         if gradients is None:
             output.backward()
         else:
-            pairs = zip(self._with_gradient(output, self._gradient_free_out), gradients, strict=True)
+            pairs = zip(self._with_gradient(output, ends.gradient_free_out), gradients, strict=True)
             kept = [(output[index], gradient) for index, gradient in pairs if output[index].requires_grad]
             if kept:
                 torch.autograd.backward([tensor for tensor, _ in kept], [gradient for _, gradient in kept])
         if carry:
-            sent = [carry[index] for index in self._with_gradient(carry, self._gradient_free_in)]
-            self._gradients_out.send([torch.zeros_like(t) if t.grad is None else t.grad for t in sent], None)
+            assert ends.gradients_out is not None
+            sent = [carry[index] for index in self._with_gradient(carry, ends.gradient_free_in)]
+            ends.gradients_out.send([torch.zeros_like(t) if t.grad is None else t.grad for t in sent], None)
         if self._weight_gradients is not None:
-            self._postponed[position] = self._weight_gradients.take()
+            self._postponed[key] = self._weight_gradients.take()
 
-    def _compute_weight_gradients(self, position: int) -> None:
+    def _compute_weight_gradients(self, key: Key) -> None:
         if self._weight_gradients is not None:
-            self._weight_gradients.compute(self._postponed.pop(position))
+            self._weight_gradients.compute(self._postponed.pop(key))
 
     @staticmethod
-    def _with_gradient(tensors: Carry, gradient_free: set[int]) -> list[int]:
+    def _with_gradient(tensors: Carry, gradient_free: frozenset[int]) -> list[int]:
         """Positions whose gradient travels back; both ends of a boundary derive the same ones."""
         return [i for i, tensor in enumerate(tensors) if tensor.is_floating_point() and i not in gradient_free]
 
-    def _senders(self) -> Iterable[Sender]:
-        if not self.is_last:
-            yield self._activations_out
-        if not self.is_first:
-            yield self._gradients_out
+
+def _connect(module: StageModule, device: torch.device) -> list[_Chunk]:
+    """The ends of this stage's chunks, and the communicators they need; all ranks call this together.
+
+    There is a communicator for each direction and pair of chunks that a boundary can lie between, so that each carries
+    the messages of neighbouring parts in one direction and in one order, also where two stages are neighbours twice.
+    """
+    placement, plan, bounds, grid = module.placement, module.slice_plan, module.bounds, module.mpu()
+    owners = [placement.owner(part) for part in range(placement.num_parts)]
+    lanes = {(before[1], after[1]): None for before, after in itertools.pairwise(owners) if before[0] != after[0]}
+    groups = {lane: (dist.new_group(), dist.new_group()) for lane in sorted(lanes)}
+    handovers: dict[int, tuple[Handover, Handover]] = {}  # by the boundary's later part
+    chunks = []
+    for chunk in range(placement.num_chunks):
+        part = placement.part(module.stage_id, chunk)
+        ends: dict[str, Any] = {}
+        if part:
+            stage, before = owners[part - 1]
+            ends["gradient_free_in"] = frozenset(plan.gradient_free(bounds[part]))
+            if stage == module.stage_id:
+                ends["activations_in"], ends["gradients_out"] = handovers.setdefault(part, (Handover(), Handover()))
+            else:
+                activations, gradients = groups[before, chunk]
+                peer = grid.stage_to_global(stage_id=stage)
+                ends["activations_in"] = Receiver(peer, activations, device, plan.num_carried(bounds[part]))
+                ends["gradients_out"] = Sender(peer, gradients, device)
+        if part + 1 < placement.num_parts:
+            stage, after = owners[part + 1]
+            ends["gradient_free_out"] = frozenset(plan.gradient_free(bounds[part + 1]))
+            if stage == module.stage_id:
+                handover = handovers.setdefault(part + 1, (Handover(), Handover()))
+                ends["activations_out"], ends["gradients_in"] = handover
+            else:
+                activations, gradients = groups[chunk, after]
+                peer = grid.stage_to_global(stage_id=stage)
+                ends["activations_out"] = Sender(peer, activations, device)
+                ends["gradients_in"] = Receiver(peer, gradients, device)
+        chunks.append(_Chunk(**ends))
+    return chunks

@@ -85,7 +85,7 @@ class Engine(PipelineEngine):
         if module.weight_gradients is not None:
             plain = not (self.fp16_enabled() or self.bfloat16_enabled() or self.zero_optimization())
             module.weight_gradients.direct = plain  # no hook of a DeepSpeed optimizer waits for gradients
-        self._order = SCHEDULES[plan.schedule](self.stage_id, self.num_stages, self.micro_batches)
+        self._order = SCHEDULES[plan.schedule](self.stage_id, self.num_stages, self.micro_batches, plan.virtual_stages)
 
     def train_step(self, step: int, batches: Sequence[MicroBatch]) -> StepResult:
         """One optimizer step over this replica's micro-batches.
@@ -166,7 +166,7 @@ class Engine(PipelineEngine):
     def _exec_reduce_tied_grads(self) -> None:
         """Sum the gradients of tied weights over their stages, also where a stage made none."""
         for weight, group in self.module.get_tied_weights_and_groups():
-            if not weight.requires_grad:
+            if not weight.requires_grad or dist.get_world_size(group) == 1:  # both ends of a tie on one stage
                 continue
             if self.using_bf16_optimizer:
                 gradient = getattr(weight, "_hp_grad", None)

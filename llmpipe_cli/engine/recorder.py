@@ -16,6 +16,7 @@ class Record(NamedTuple):
     Attributes:
         kind: an instruction (F, B, I, W) or another part of the step: data, send, reduce, norm, optimizer, exchange.
         micro_batch: its micro-batch, counted within the replica; none outside instructions.
+        chunk: the chunk of the stage that it ran; 0 outside instructions.
         begin: when it began to wait for its input, in seconds since the step began.
         start: when it began to work.
         end: when it was done.
@@ -23,6 +24,7 @@ class Record(NamedTuple):
 
     kind: str
     micro_batch: int | None
+    chunk: int
     begin: float
     start: float
     end: float
@@ -33,8 +35,8 @@ class Recorder:
 
     def __init__(self) -> None:
         self._origin = time.perf_counter()
-        self._rows: list[tuple[str, int | None, float, float, float]] = []
-        self._open: tuple[str, int | None] = ("", None)
+        self._rows: list[tuple[str, int | None, int, float, float, float]] = []
+        self._open: tuple[str, int | None, int] = ("", None, 0)
         self._begin = self._start = 0.0
 
     def restart(self) -> None:
@@ -42,9 +44,9 @@ class Recorder:
         self._rows.clear()
         self._origin = time.perf_counter()
 
-    def begin(self, kind: str, micro_batch: int | None = None) -> None:
+    def begin(self, kind: str, micro_batch: int | None = None, chunk: int = 0) -> None:
         """A piece begins, first waiting for its input if it calls `arrived`."""
-        self._open = (kind, micro_batch)
+        self._open = (kind, micro_batch, chunk)
         self._begin = self._start = time.perf_counter()
 
     def arrived(self) -> None:
@@ -59,9 +61,12 @@ class Recorder:
     def records(self) -> list[Record]:
         """The pieces since `restart`, in order."""
         origin = self._origin
-        return [Record(kind, index, *(time - origin for time in times)) for kind, index, *times in self._rows]
+        return [
+            Record(kind, index, chunk, *(moment - origin for moment in moments))
+            for kind, index, chunk, *moments in self._rows
+        ]
 
     def busy_and_wait_seconds(self) -> tuple[float, float]:
         """Seconds of work and of waiting in the instructions since `restart`."""
         rows = [row for row in self._rows if row[1] is not None]
-        return sum(row[4] - row[3] for row in rows), sum(row[3] - row[2] for row in rows)
+        return sum(row[5] - row[4] for row in rows), sum(row[4] - row[3] for row in rows)

@@ -4,6 +4,8 @@ Activations travel to the next stage over one process group and gradients to the
 each communicator carries messages in one direction and in one order. Receives are posted before they are needed into
 fresh tensors; a sent tensor is kept alive until its request is done; nothing waits before its data is needed.
 
+Between two chunks of the same stage nothing travels: a `Handover` is both ends.
+
 Both ends know the batch a message belongs to. Shapes are therefore sent only once for every new combination of input
 shapes: the sender puts a header in front, and both ends remember it under the same key.
 """
@@ -147,3 +149,24 @@ class Receiver:
             raise RankError(f"rank {self._peer} announced activations of impossible shapes: {specs}")
         self._known[key] = specs
         return specs
+
+
+class Handover:
+    """Groups of tensors from one part of the model to the next on the same stage: sender and receiver in one."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[list[torch.Tensor]] = deque()
+
+    def send(self, tensors: Sequence[torch.Tensor], key: Hashable | None) -> None:
+        """Keep the tensors until they are received."""
+        self._waiting.append([tensor.detach() for tensor in tensors])
+
+    def finish(self) -> None:
+        """Nothing is under way."""
+
+    def announce(self, key: Hashable | None, specs: list[Spec] | None = None) -> None:
+        """Nothing is to be prepared."""
+
+    def receive(self) -> list[torch.Tensor]:
+        """The oldest group."""
+        return self._waiting.popleft()

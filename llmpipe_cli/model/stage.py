@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -16,28 +16,27 @@ from llmpipe_cli.model.slicing.plan import SlicePlan
 from llmpipe_cli.model.weights import read_weights
 
 
-def stage_parameters(plan: SlicePlan, start: int, stop: int) -> list[str]:
-    """Names of the parameters that segments [start, stop) use, in model order of first use.
+def stage_parameters(plan: SlicePlan, segments: Iterable[int]) -> list[str]:
+    """Names of the parameters that these segments use, in order of first use.
 
     A tied parameter is in the list of every stage that uses it. Replicated tables (`plan.replicated`), which are never
     trained, are in the list of their first stage only, although every stage holds them.
     """
-    return list(dict.fromkeys(name for segment in plan.segments[start:stop] for name in segment.parameters))
+    return list(dict.fromkeys(name for index in segments for name in plan.segments[index].parameters))
 
 
-def saved_names(plan: SlicePlan, start: int, stop: int) -> list[str]:
-    """Names of the parameters and buffers that stage [start, stop) saves; over all stages each comes once."""
+def saved_names(plan: SlicePlan, segments: Collection[int]) -> list[str]:
+    """Names of the parameters and buffers that a stage of these segments saves; over all stages each comes once."""
     owners = plan.owners
-    parameters = [name for name in stage_parameters(plan, start, stop) if owners[name][0] >= start]
-    return parameters + [name for name, segment in plan.buffers.items() if start <= segment < stop]
+    parameters = [name for name in stage_parameters(plan, segments) if owners[name][0] in segments]
+    return parameters + [name for name, segment in plan.buffers.items() if segment in segments]
 
 
 def build_stage(
     cls: type[PreTrainedModel],
     config: PreTrainedConfig,
     plan: SlicePlan,
-    start: int,
-    stop: int,
+    segments: Iterable[int],
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -49,7 +48,7 @@ def build_stage(
     trainable: Collection[str] | None = None,
     allow_pickle: bool = False,
 ) -> PreTrainedModel:
-    """The model with the parameters of segments [start, stop) and all buffers real on `device`, the rest on meta.
+    """The model with the parameters of these segments and all buffers real on `device`, the rest on meta.
 
     Memory: the stage's own parameters, and while loading at most one fused parameter's sources besides.
 
@@ -66,7 +65,7 @@ def build_stage(
     """
     model = build_skeleton(cls, config, dtype=dtype, attn_implementation=attn_implementation)
     added = set(adapters.names) if adapters is not None else set()
-    own = dict.fromkeys([*stage_parameters(plan, start, stop), *plan.replicated])
+    own = dict.fromkeys([*stage_parameters(plan, segments), *plan.replicated])
     names = [name for name in own if name not in added]
     if weights is not None:
         read_weights(model, names, weights, device=device, seed=seed or 0, allow_pickle=allow_pickle)

@@ -42,14 +42,16 @@ def choose_layout(recipe: Recipe, num_devices: int, device: str, num_segments: i
     tensor, data = fixed(parallel.tensor) or 1, fixed(parallel.data) or 1
     pipeline = fixed(parallel.pipeline)
     if pipeline is None and isinstance(parallel.partition, list):
-        pipeline = len(parallel.partition)
+        pipeline = len(parallel.partition) // parallel.num_chunks
+    most = num_segments // parallel.num_chunks
     if pipeline is None:
-        pipeline = max(1, min(num_devices // (data * tensor), num_segments))
-    if pipeline > num_segments:
+        pipeline = max(1, min(num_devices // (data * tensor), most))
+    if pipeline > most:
+        each = f" of {parallel.num_chunks} parts each" if parallel.num_chunks > 1 else ""
         raise UsageError(
-            f"{pipeline} stages, but the model can be cut into {num_segments} pieces at most",
+            f"{pipeline} stages{each}, but the model can be cut into {num_segments} pieces at most",
             where="parallel.pipeline",
-            hint=f"use parallel.pipeline: {num_segments} or less, or a model with more layers",
+            hint=f"use parallel.pipeline: {max(1, most)} or less, or a model with more layers",
         )
     layout = Layout(pipeline=pipeline, tensor=tensor, data=data)
     if device != "cpu" and layout.num_ranks > num_devices:
@@ -115,6 +117,4 @@ def choose_schedule(recipe: Recipe, layout: Layout) -> ScheduleName:
     if schedule == "auto":
         recomputes = recipe.parallel.activation_checkpointing in ("selective", "full")
         return "1f1b" if layout.pipeline == 1 or recomputes else "zb-h1"
-    if schedule == "interleaved" or schedule == "zb-v":
-        raise UsageError(f"the schedule {schedule} is not available in this version", where="parallel.schedule")
     return schedule

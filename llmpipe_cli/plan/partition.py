@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+
+from llmpipe_cli.engine.schedules import Placement
 
 
 def balance(costs: Sequence[float], num_stages: int) -> list[int]:
@@ -41,3 +44,40 @@ def balance(costs: Sequence[float], num_stages: int) -> list[int]:
     for stage in range(num_stages, 0, -1):
         bounds.append(cut[stage][bounds[-1]])
     return bounds[::-1]
+
+
+def balance_parts(costs: Sequence[float], placement: Placement) -> list[int]:
+    """Cut a row of segments into the parts of a placement with several of them a stage.
+
+    Starting from the most even parts, bounds are moved as long as that makes the costliest stage cheaper or, among
+    equal ones, the costliest part, or the stages more even.
+
+    Args:
+        costs: cost of each segment, any unit.
+        placement: which stage holds which part; at most as many parts as segments.
+
+    Returns:
+        Bounds: part k holds segments ``bounds[k]`` up to ``bounds[k + 1]``.
+    """
+    bounds = balance(costs, placement.num_parts)
+    if placement.num_chunks == 1:
+        return bounds
+
+    def badness(bounds: list[int]) -> tuple[float, float, float]:
+        parts = [sum(costs[start:stop]) for start, stop in itertools.pairwise(bounds)]
+        stages = [0.0] * placement.num_stages
+        for part, cost in enumerate(parts):
+            stages[placement.owner(part)[0]] += cost
+        return max(stages), max(parts), sum(cost * cost for cost in parts)
+
+    best = badness(bounds)
+    while True:
+        candidates = []
+        for index in range(1, len(bounds) - 1):
+            for moved in (bounds[index] - 1, bounds[index] + 1):
+                if bounds[index - 1] < moved < bounds[index + 1]:
+                    changed = [*bounds[:index], moved, *bounds[index + 1 :]]
+                    candidates.append((badness(changed), changed))
+        if not candidates or min(candidates)[0] >= best:
+            return bounds
+        best, bounds = min(candidates)

@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from llmpipe_cli.engine.schedules import SCHEDULES, Placement
+
 Job = Literal["train", "bench", "evaluate", "generate"]
-ScheduleName = Literal["1f1b", "gpipe", "zb-h1", "zb-h2"]
+ScheduleName = Literal["1f1b", "gpipe", "interleaved", "zb-h1", "zb-h2", "zb-v"]
 
 
 class _Frozen(BaseModel):
@@ -53,8 +55,9 @@ class TrainingSettings(_Frozen):
 class Plan(_Frozen):
     """Everything a worker needs.
 
-    `partition` holds the bounds of the stages over the segments of `slice_plan`: stage s runs segments
-    ``partition[s]`` up to but not including ``partition[s + 1]``.
+    `partition` holds the bounds of the model's parts over the segments of `slice_plan`: part k runs segments
+    ``partition[k]`` up to but not including ``partition[k + 1]``. A stage holds one part, or `virtual_stages` of them
+    (`placement`).
     """
 
     job: Job
@@ -82,6 +85,8 @@ class Plan(_Frozen):
     num_micro_batches: int
     """Micro-batches a step and replica."""
     schedule: ScheduleName
+    virtual_stages: int = 1
+    """Parts of the model on each stage."""
     zero_stage: Literal[0, 1]
     activation_checkpointing: Literal["none", "selective", "full"]
     device: Literal["cpu", "cuda"]
@@ -90,6 +95,13 @@ class Plan(_Frozen):
     training: TrainingSettings | None = None
     options: dict[str, Any] = {}
     """Options of an evaluate or generate job."""
+
+    @property
+    def placement(self) -> Placement:
+        """Which stage holds which part of the model."""
+        if self.virtual_stages == 1:
+            return Placement(self.layout.pipeline)
+        return SCHEDULES[self.schedule].placement(self.layout.pipeline, self.virtual_stages)
 
     @property
     def num_global_micro_batches(self) -> int:

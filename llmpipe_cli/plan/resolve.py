@@ -5,7 +5,6 @@ This runs where the command was typed, before any rank starts, and allocates not
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 from llmpipe_cli.data.prepared import PreparedData
 from llmpipe_cli.engine.manifest import training_state
+from llmpipe_cli.engine.schedules import SCHEDULES, Placement
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.model.adapters import config_section, split_adapter
 from llmpipe_cli.model.auto import load_config, model_class, resolve_weights
@@ -20,8 +20,8 @@ from llmpipe_cli.model.slicing.trace import NotSliceableError, trace_config, who
 from llmpipe_cli.model.weights import weight_files
 from llmpipe_cli.plan.layout import choose_layout, choose_micro_batch_size, choose_schedule, choose_zero_stage
 from llmpipe_cli.plan.learning import choose_learning
-from llmpipe_cli.plan.partition import balance
-from llmpipe_cli.plan.plan import Job, Layout, Plan, TrainingSettings
+from llmpipe_cli.plan.partition import balance_parts
+from llmpipe_cli.plan.plan import Job, Plan, TrainingSettings
 from llmpipe_cli.recipe.schema import Recipe, TrainSection
 
 Device = Literal["cpu", "cuda"]
@@ -52,8 +52,6 @@ def make_plan(
         UsageError: recipe, model and data do not fit; `where` is the recipe's dotted key.
         PreflightError: the machine has too few devices.
     """
-    if job == "train":
-        _check_trackers(recipe)
     given = recipe.model
     if checkpoint is not None and job == "train":
         recipe = _going_on(recipe, training_state(checkpoint))
@@ -92,8 +90,12 @@ def make_plan(
     learning = choose_learning(recipe, job, cls, config, slice_plan, section, weights, adapter, resuming=checkpoint)
     slice_plan = learning.slice_plan
     layout = choose_layout(recipe, num_devices, device, slice_plan.num_segments)
-    bounds = _partition(recipe, layout, slice_plan.flops(recipe.data.sequence_len))
     micro_batch_size, num_micro_batches = choose_micro_batch_size(recipe, layout)
+    schedule = choose_schedule(recipe, layout)
+    # Evaluation and generation have nothing to gain from several parts a stage.
+    chunks = SCHEDULES[schedule].chunks or recipe.parallel.num_chunks if job in ("train", "bench") else 1
+    placement = SCHEDULES[schedule].placement(layout.pipeline, chunks) if chunks > 1 else Placement(layout.pipeline)
+    bounds = _partition(recipe, placement, slice_plan.flops(recipe.data.sequence_len))
     resolved = recipe.model_copy(
         update={"train": recipe.train.model_copy(update={"micro_batch_size": micro_batch_size})}
     )
@@ -114,7 +116,8 @@ def make_plan(
         partition=bounds,
         micro_batch_size=micro_batch_size,
         num_micro_batches=num_micro_batches,
-        schedule=choose_schedule(recipe, layout),
+        schedule=schedule,
+        virtual_stages=chunks,
         zero_stage=choose_zero_stage(recipe, layout),
         activation_checkpointing="none" if checkpointing == "auto" else checkpointing,
         device=device,
@@ -149,16 +152,17 @@ def _going_on(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
     return recipe.model_copy(update={"train": kept})
 
 
-def _partition(recipe: Recipe, layout: Layout, costs: list[float]) -> list[int]:
+def _partition(recipe: Recipe, placement: Placement, costs: list[float]) -> list[int]:
     counts = recipe.parallel.partition
-    if isinstance(counts, str):
-        return balance(costs, layout.pipeline)
-    if len(counts) != layout.pipeline or sum(counts) != len(costs):
+    if isinstance(counts, str) or placement.num_chunks != recipe.parallel.num_chunks:
+        return balance_parts(costs, placement)
+    if len(counts) != placement.num_parts or sum(counts) != len(costs):
+        what = "parts" if placement.num_chunks > 1 else "stages"
         raise UsageError(
-            f"partition {counts} gives {len(counts)} stages with {sum(counts)} layers; the layout has "
-            f"{layout.pipeline} stages and the model {len(costs)} layers, embedding and head counted",
+            f"partition {counts} gives {len(counts)} {what} with {sum(counts)} layers; the layout has "
+            f"{placement.num_parts} {what} and the model {len(costs)} layers, embedding and head counted",
             where="parallel.partition",
-            hint="leave it at auto, or write one number a stage that add up to the model's layers",
+            hint=f"leave it at auto, or write one number for each of the {what} that add up to the model's layers",
         )
     bounds = [0]
     for count in counts:
@@ -187,13 +191,3 @@ def _training(train: TrainSection, data: PreparedData | None, resume_from: Path 
         steps_per_epoch=steps_per_epoch,
         resume_from=str(resume_from) if resume_from is not None else None,
     )
-
-
-def _check_trackers(recipe: Recipe) -> None:
-    for name in recipe.report_to:
-        if importlib.util.find_spec(name) is None:
-            raise UsageError(
-                f"`report_to: {name}` needs the package {name}, which is not installed",
-                where="report_to",
-                hint=f"pip install 'llmpipe_cli[{name}]', or leave `{name}` out",
-            )

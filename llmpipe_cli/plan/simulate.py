@@ -1,8 +1,8 @@
 """What a schedule takes, from the times of its instructions: the pipeline played through without running it.
 
-Each stage runs its instructions in their order. A forward pass waits for the activations of the stage before, a
-backward pass for its own forward pass and the gradients of the stage behind, and a transfer takes its time on the way
-but keeps neither stage busy. Pure Python; no torch.
+Each stage runs its instructions in their order. A forward pass waits for the activations of the part before, a
+backward pass for its own forward pass and the gradients of the part behind, and a transfer between stages takes its
+time on the way but keeps neither stage busy. Pure Python; no torch.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmpipe_cli.engine.schedules import Instruction, Schedule
+from llmpipe_cli.engine.schedules import Instruction, Placement, Schedule
 
 
 @dataclass(frozen=True)
 class StageCosts:
-    """Seconds (or any other unit) of one micro-batch on one stage.
+    """Seconds (or any other unit) of one micro-batch in one part of the model: a stage, or one of its chunks.
 
     Attributes:
         forward: forward pass.
@@ -59,7 +59,7 @@ class Simulation:
         bubble_fraction: idle share of the stage that is away longest, between its first start and its last end, as the
             Zero Bubble paper counts it: 1 - work / longest span, with the mean work of a stage.
         peak_activations: for each stage the most micro-batches whose activations are alive, a micro-batch being done
-            when its last instruction on the stage is.
+            when its last instruction on the stage is; of several chunks each counts for itself.
     """
 
     spans: list[Span]
@@ -69,35 +69,60 @@ class Simulation:
     peak_activations: list[int]
 
 
-def simulate(orders: Sequence[Sequence[Instruction]], costs: Sequence[StageCosts], transfer: float = 0.0) -> Simulation:
+def simulate(
+    orders: Sequence[Sequence[Instruction]],
+    costs: Sequence[StageCosts],
+    transfer: float = 0.0,
+    placement: Placement | None = None,
+) -> Simulation:
     """Play the stages' instructions against each other.
 
     Args:
         orders: each stage's instructions in its order.
-        costs: each stage's costs.
-        transfer: time from the end of a pass until its result is on the neighbouring stage.
+        costs: costs of each part of the model: of each stage, or of each chunk in the order of the forward pass.
+        transfer: time from the end of a pass until its result is on another stage.
+        placement: which stage holds which part, where stages have several.
 
     Raises:
         ValueError: the stages wait for each other for ever.
     """
-    num_stages = len(orders)
+    placed = placement or Placement(len(orders))
+    durations = [
+        [costs[placed.part(stage, instruction.chunk)].of(instruction.kind) for instruction in order]
+        for stage, order in enumerate(orders)
+    ]
+    return play(orders, durations, transfer, placed)
+
+
+def play(
+    orders: Sequence[Sequence[Instruction]],
+    durations: Sequence[Sequence[float]],
+    transfer: float,
+    placement: Placement,
+) -> Simulation:
+    """`simulate` with a time for each single instruction, such as those of a measured step."""
+    num_stages, last_part = len(orders), placement.num_parts - 1
     clock, position = [0.0] * num_stages, [0] * num_stages
-    arrived: dict[tuple[str, int, int], float] = {}  # (activations | gradients, stage, micro-batch) -> time
+    arrived: dict[tuple[str, int, int], float] = {}  # (activations | gradients, part, micro-batch) -> time
     spans: list[Span] = []
     while any(position[stage] < len(order) for stage, order in enumerate(orders)):
         progress = False
         for stage, order in enumerate(orders):
             while position[stage] < len(order):
-                kind, micro_batch = instruction = order[position[stage]]
-                needed = _needed(kind, stage, micro_batch, num_stages)
+                instruction = order[position[stage]]
+                kind, micro_batch, chunk = instruction
+                part = placement.part(stage, chunk)
+                needed = _needed(kind, part, micro_batch, last_part)
                 if needed is not None and needed not in arrived:
                     break
                 start = max(clock[stage], arrived[needed] if needed is not None else 0.0)
-                clock[stage] = end = start + costs[stage].of(kind)
-                if kind == "F":
-                    arrived["activations", stage + 1, micro_batch] = end + transfer
-                elif kind in "BI":
-                    arrived["gradients", stage - 1, micro_batch] = end + transfer
+                clock[stage] = end = start + durations[stage][position[stage]]
+                if kind == "F" and part < last_part:
+                    away = placement.owner(part + 1)[0] != stage
+                    arrived["activations", part + 1, micro_batch] = end + (transfer if away else 0.0)
+                elif kind in "BI" and part:
+                    away = placement.owner(part - 1)[0] != stage
+                    arrived["gradients", part - 1, micro_batch] = end + (transfer if away else 0.0)
                 spans.append(Span(stage, instruction, start, end))
                 position[stage] += 1
                 progress = True
@@ -119,28 +144,41 @@ def simulate(orders: Sequence[Sequence[Instruction]], costs: Sequence[StageCosts
 
 
 def simulate_schedule(
-    schedule: Schedule, costs: Sequence[StageCosts], num_micro_batches: int, transfer: float = 0.0
+    schedule: Schedule,
+    costs: Sequence[StageCosts],
+    num_micro_batches: int,
+    transfer: float = 0.0,
+    num_chunks: int | None = None,
 ) -> Simulation:
-    """`simulate` for a schedule by its function."""
-    num_stages = len(costs)
-    orders = [schedule(stage, num_stages, num_micro_batches) for stage in range(num_stages)]
-    return simulate(orders, costs, transfer)
+    """`simulate` for a schedule of `engine.schedules`.
+
+    Args:
+        schedule: the schedule.
+        costs: costs of each part: as many as there are stages times chunks.
+        num_micro_batches: micro-batches of a step.
+        transfer: see `simulate`.
+        num_chunks: chunks a stage, where the schedule leaves them open.
+    """
+    num_stages = len(costs) // schedule.placement(1, num_chunks).num_chunks
+    placement = schedule.placement(num_stages, num_chunks)
+    orders = [schedule(stage, num_stages, num_micro_batches, num_chunks) for stage in range(num_stages)]
+    return simulate(orders, costs, transfer, placement)
 
 
-def _needed(kind: str, stage: int, micro_batch: int, num_stages: int) -> tuple[str, int, int] | None:
-    """What has to arrive before an instruction. Results of the stage's own instructions are there by their order."""
+def _needed(kind: str, part: int, micro_batch: int, last_part: int) -> tuple[str, int, int] | None:
+    """What has to arrive before an instruction. Results of the part's own instructions are there by their order."""
     if kind == "F":
-        return ("activations", stage, micro_batch) if stage else None
+        return ("activations", part, micro_batch) if part else None
     if kind in "BI":
-        return ("gradients", stage, micro_batch) if stage < num_stages - 1 else None
+        return ("gradients", part, micro_batch) if part < last_part else None
     return None
 
 
 def _peak(order: Sequence[Instruction]) -> int:
-    last = {instruction.micro_batch: index for index, instruction in enumerate(order)}
+    last = {(instruction.micro_batch, instruction.chunk): index for index, instruction in enumerate(order)}
     alive = peak = 0
     for index, instruction in enumerate(order):
         alive += instruction.kind == "F"
         peak = max(peak, alive)
-        alive -= last[instruction.micro_batch] == index
+        alive -= last[instruction.micro_batch, instruction.chunk] == index
     return peak

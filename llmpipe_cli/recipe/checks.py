@@ -26,7 +26,6 @@ METRICS: dict[str, tuple[str, ...]] = {
 """Validation metrics that a training watches. `evaluate` reports more: those need passes of their own."""
 
 NOT_YET_TASKS = ("chat", "question-answering", "token-classification")
-SCHEDULES = ("auto", "1f1b", "gpipe", "zb-h1", "zb-h2")
 
 
 @dataclass(frozen=True)
@@ -280,19 +279,35 @@ def _parallel(context: _Context) -> Iterator[Finding]:
     if isinstance(parallel.tensor, int) and parallel.tensor > 1:
         hint = "write 1 or auto, and split the model by pipeline stages"
         yield Finding(("parallel.tensor",), "tensor shards are not available in this version", hint)
-    if parallel.schedule not in SCHEDULES:
-        hint = "write auto, or one of 1f1b, gpipe, zb-h1, zb-h2"
-        yield Finding(
-            ("parallel.schedule",), f"the schedule {parallel.schedule} is not available in this version", hint
-        )
+    yield from _virtual_stages(context)
     if isinstance(parallel.partition, list) and isinstance(parallel.pipeline, int):
-        num_stages = len(parallel.partition)
-        if num_stages != parallel.pipeline:
-            message = f"`partition` names {num_stages} stages, `pipeline` {parallel.pipeline}"
-            hint = f"write pipeline: {num_stages}, or one number a stage"
+        given, chunks = len(parallel.partition), parallel.num_chunks
+        if given != parallel.pipeline * chunks and chunks == 1:
+            message = f"`partition` names {given} stages, `pipeline` {parallel.pipeline}"
+            hint = f"write pipeline: {given}, or one number a stage"
+            yield Finding(("parallel.partition", "parallel.pipeline"), message, hint)
+        elif given != parallel.pipeline * chunks:
+            message = f"`partition` names {given} parts; {parallel.pipeline} stages have {chunks} each"
+            hint = f"write {parallel.pipeline * chunks} numbers, in the model's order, or auto"
             yield Finding(("parallel.partition", "parallel.pipeline"), message, hint)
     if parallel.partition == []:
         yield Finding(("parallel.partition",), "`partition` is empty", "write one number a stage, or auto")
+
+
+def _virtual_stages(context: _Context) -> Iterator[Finding]:
+    parallel = context.recipe.parallel
+    wanted, schedule = parallel.virtual_stages, parallel.schedule
+    if isinstance(wanted, str):
+        return
+    fields = ("parallel.virtual_stages", "parallel.schedule")
+    if schedule == "interleaved" and wanted == 1:
+        message = "one part a stage cannot be interleaved"
+        yield Finding(fields, message, "write virtual_stages: 2 or more, or schedule: 1f1b")
+    elif schedule == "zb-v" and wanted != 2:
+        yield Finding(fields, f"zb-v has 2 parts a stage, not {wanted}", "leave virtual_stages out")
+    elif schedule not in ("interleaved", "zb-v") and wanted > 1:
+        message = f"the schedule {schedule} has one part a stage, not {wanted}"
+        yield Finding(fields, message, "write schedule: interleaved, or leave virtual_stages out")
 
 
 def _precision(context: _Context) -> Iterator[Finding]:
@@ -385,6 +400,10 @@ def _without_effect(context: _Context) -> Iterator[Finding]:
     for field, used_by, is_used in rules:
         if not is_used and context.given(f"train.{field}"):
             yield Finding((f"train.{field}",), f"`{field}` has no effect: it is for {used_by}", None, is_warning=True)
+    if context.recipe.report_to:
+        message = f"`report_to: {context.recipe.report_to[0]}` has no effect in this version"
+        hint = "metrics.jsonl in the run directory has every step; llmpipe runs report draws it"
+        yield Finding(("report_to",), message, hint, is_warning=True)
 
 
 _CHECKS: tuple[Callable[[_Context], Iterator[Finding]], ...] = (

@@ -180,14 +180,24 @@ class ParallelSection(Section):
     """Replicas of the pipeline."""
     schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"] = "auto"
     """Order of forward and backward passes."""
+    virtual_stages: PositiveInt | Auto = "auto"
+    """Parts of the model on each stage: 2 or more with the schedule interleaved, 2 with zb-v, else 1."""
     partition: list[PositiveInt] | Auto = "auto"
-    """Layers of each stage, embedding and head counted as layers; auto balances by FLOPs."""
+    """Layers of each stage, embedding and head counted as layers; auto balances by FLOPs. With `virtual_stages`,
+    layers of each part in the model's order."""
     zero_stage: Literal[0, 1] | Auto = "auto"
     """ZeRO stage: 1 shards the optimizer state over the replicas."""
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """Recompute activations in the backward pass instead of keeping them."""
     wire_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format between stages; auto keeps the model's."""
+
+    @property
+    def num_chunks(self) -> int:
+        """Parts of the model on each stage, as far as the recipe says; the schedule auto may choose others."""
+        if self.schedule not in ("interleaved", "zb-v") or isinstance(self.virtual_stages, str):
+            return 2 if self.schedule in ("interleaved", "zb-v") else 1
+        return self.virtual_stages
 
 
 class CheckpointSection(Section):

@@ -7,16 +7,15 @@ differ, so the ranks are laid over each other where their step ended: in an exch
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
-from llmpipe_cli.engine.schedules import Instruction
+from llmpipe_cli.engine.schedules import SCHEDULES, Instruction, Placement
 from llmpipe_cli.errors import UsageError
-from llmpipe_cli.plan.simulate import StageCosts, simulate
+from llmpipe_cli.plan.simulate import play
 from llmpipe_cli.report import formats
 from llmpipe_cli.run import RunDirectory, read_json, write_json
 
@@ -45,6 +44,13 @@ class Bar:
     micro_batch: int | None
     start: float
     end: float
+    chunk: int = 0
+
+    @property
+    def instruction(self) -> Instruction:
+        """What the schedule had here; of bars of `RankTimeline.instructions` only."""
+        assert self.micro_batch is not None
+        return Instruction(self.kind, self.micro_batch, self.chunk)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class RankTimeline:
     stage: int
     replica: int
     bars: list[Bar]
+    peak_activations: int = 0
 
     def seconds(self, kind: str) -> float:
         """All time spent on this kind."""
@@ -72,6 +79,15 @@ class Timeline:
     step: int
     schedule: str
     ranks: list[RankTimeline]
+    virtual_stages: int = 1
+
+    @property
+    def placement(self) -> Placement:
+        """Which stage holds which part of the model."""
+        num_stages = 1 + max(rank.stage for rank in self.ranks)
+        if self.virtual_stages == 1:
+            return Placement(num_stages)
+        return SCHEDULES[self.schedule].placement(num_stages, self.virtual_stages)
 
     @property
     def seconds(self) -> float:
@@ -114,11 +130,12 @@ def parse_timeline(written: dict[str, Any]) -> Timeline:
         for record in rank["records"]:
             begin, start, stop = (record[name] + shift for name in ("begin", "start", "end"))
             if start > begin:
-                bars.append(Bar(WAIT, record["micro_batch"], begin, start))
+                bars.append(Bar(WAIT, record["micro_batch"], begin, start, record.get("chunk", 0)))
             if stop > start:
-                bars.append(Bar(record["kind"], record["micro_batch"], start, stop))
-        ranks.append(RankTimeline(rank["rank"], rank["stage"], rank["replica"], bars))
-    return Timeline(written["step"], written["schedule"], ranks)
+                bars.append(Bar(record["kind"], record["micro_batch"], start, stop, record.get("chunk", 0)))
+        peak = rank.get("peak_activations", 0)
+        ranks.append(RankTimeline(rank["rank"], rank["stage"], rank["replica"], bars, peak))
+    return Timeline(written["step"], written["schedule"], ranks, written.get("virtual_stages", 1))
 
 
 def summary(timeline: Timeline) -> dict[str, Any]:
@@ -127,7 +144,7 @@ def summary(timeline: Timeline) -> dict[str, Any]:
     Returns:
         ``ranks``: seconds of each kind; ``pipeline_seconds``: from the first instruction's start to the last one's end;
         ``bubble_fraction``: mean idle share of the stages in that time; ``simulated_pipeline_seconds`` and
-        ``simulated_bubble_fraction``: the same schedule played through with each stage's mean times.
+        ``simulated_bubble_fraction``: the same instructions, each with its own time, played through without transfers.
     """
     ranks = [
         {
@@ -142,7 +159,8 @@ def summary(timeline: Timeline) -> dict[str, Any]:
     work = [rank.instructions() for rank in first]
     length = max(bars[-1].end for bars in work) - min(bars[0].start for bars in work)
     busy = sum(bar.end - bar.start for bars in work for bar in bars) / len(work)
-    played = simulate([[Instruction(bar.kind, bar.micro_batch) for bar in bars] for bars in work], _costs(work))  # type: ignore[arg-type]
+    orders = [[bar.instruction for bar in bars] for bars in work]
+    played = play(orders, [[bar.end - bar.start for bar in bars] for bars in work], 0.0, timeline.placement)
     played_busy = sum(span.end - span.start for span in played.spans) / len(work)
     return {
         "step": timeline.step,
@@ -164,19 +182,6 @@ def describe(facts: dict[str, Any]) -> str:
         f"pipeline {pipeline:.3f} s, idle {facts['bubble_fraction']:.1%}; the schedule alone, with these times: "
         f"{simulated:.3f} s, idle {facts['simulated_bubble_fraction']:.1%}\n{facts['verdict']}"
     )
-
-
-def _costs(work: Sequence[Sequence[Bar]]) -> list[StageCosts]:
-    """Mean times of each stage's instructions. A schedule with whole backward passes has them as input gradients."""
-    costs = []
-    for bars in work:
-        mean = {kind: _mean([bar.end - bar.start for bar in bars if bar.kind == kind]) for kind in "FBIW"}
-        costs.append(StageCosts(mean["F"], mean["B"] + mean["I"], mean["W"]))
-    return costs
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
 
 
 def verdict(timeline: Timeline) -> str:
@@ -221,6 +226,11 @@ def _label(rank: RankTimeline) -> str:
     return f"stage {rank.stage}" + (f" replica {rank.replica}" if rank.replica else "")
 
 
+def _number(bar: Bar) -> str:
+    """The bar's micro-batch, with an apostrophe for each chunk before its own."""
+    return f"{bar.micro_batch}{'′' * bar.chunk}"
+
+
 def _columns(rank: RankTimeline, seconds: float, columns: int) -> list[str]:
     """The kind that fills most of each of `columns` equal stretches of the step; empty for none."""
     filled: list[dict[str, float]] = [{} for _ in range(columns)]
@@ -252,7 +262,7 @@ def plot(timeline: Timeline, path: Path) -> Path:
             wide = bar.end - bar.start > 0.015 * timeline.seconds
             if bar.micro_batch is not None and bar.kind != WAIT and wide:
                 middle = (bar.start + bar.end) / 2
-                axes.text(middle, row, str(bar.micro_batch), ha="center", va="center", color="white", fontsize=8)
+                axes.text(middle, row, _number(bar), ha="center", va="center", color="white", fontsize=8)
     axes.set_yticks(range(len(timeline.ranks)), [_label(rank) for rank in timeline.ranks])
     axes.invert_yaxis()
     axes.set_xlim(0.0, timeline.seconds)
@@ -284,7 +294,7 @@ def write_trace(timeline: Timeline, path: Path) -> Path:
                     "ts": bar.start * 1e6,
                     "dur": (bar.end - bar.start) * 1e6,
                     **place,
-                    "args": {"micro_batch": bar.micro_batch, "rank": rank.rank},
+                    "args": {"micro_batch": bar.micro_batch, "chunk": bar.chunk, "rank": rank.rank},
                 }
             )
     write_json(path, {"traceEvents": events, "displayTimeUnit": "ms"})

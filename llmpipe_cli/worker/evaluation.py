@@ -81,7 +81,7 @@ class Evaluator:
         device, plan = self._context.device, self._context.plan
         inputs = [{name: value.to(device) for name, value in batch.inputs.items()} for batch in batches]
         micro_batches = [MicroBatch(index, each, 0) for index, each in zip(indices, inputs, strict=True)]
-        order = forward_only(self._context.stage, plan.layout.pipeline, len(micro_batches))
+        order = forward_only(self._context.stage, plan.layout.pipeline, len(micro_batches), plan.placement)
         self._executor.run(
             order, micro_batches, on_output=lambda position, output: sums.update(batches[position], output.logits)
         )

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmpipe_cli.engine.exchange import broadcast_json
-from llmpipe_cli.engine.module import StageModule
+from llmpipe_cli.engine.module import StageModule, stage_chunks
 from llmpipe_cli.engine.schedules import splits_backward
 from llmpipe_cli.model.adapters import Adapters
 from llmpipe_cli.model.slicing.plan import SlicePlan
@@ -102,8 +102,7 @@ def load_stage(context: Context) -> StageModule:
         getattr(transformers, plan.model_class),
         config_from_fields(plan),
         slice_plan,
-        plan.partition[context.stage],
-        plan.partition[context.stage + 1],
+        [segment for chunk in stage_chunks(plan.partition, plan.placement, context.stage) for segment in chunk],
         dtype=DTYPES[context.recipe.model.dtype],
         device=context.device,
         seed=context.recipe.train.seed,
@@ -115,6 +114,9 @@ def load_stage(context: Context) -> StageModule:
         allow_pickle=context.recipe.model.allow_pickle,
     )
     split_backward = plan.job in ("train", "bench") and splits_backward(plan.schedule)
-    module = StageModule(model, slice_plan, plan.partition, plan.layout, split_backward=split_backward)
-    module.replay.set_checkpointing(plan.activation_checkpointing)
+    module = StageModule(
+        model, slice_plan, plan.partition, plan.layout, placement=plan.placement, split_backward=split_backward
+    )
+    for replay in module.replays:
+        replay.set_checkpointing(plan.activation_checkpointing)
     return module
