@@ -106,8 +106,6 @@ def test_options_without_effect_are_warnings(folder: Path) -> None:
         ("--set train.momentum=0.9", "`momentum`"),
         ("--set train.decay_ratio=0.2", "`decay_ratio`"),
     ]
-    warnings = load_recipe("base.yaml", ["report_to=[tensorboard]"]).warnings
-    assert [notice.message for notice in warnings] == ["`report_to: tensorboard` has no effect in this version"]
 
 
 # ------------------------------------------------------------------------------------------------ extends

@@ -5,6 +5,7 @@ This runs where the command was typed, before any rank starts, and allocates not
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -52,6 +53,8 @@ def make_plan(
         UsageError: recipe, model and data do not fit; `where` is the recipe's dotted key.
         PreflightError: the machine has too few devices.
     """
+    if job == "train":
+        _check_trackers(recipe)
     given = recipe.model
     if checkpoint is not None and job == "train":
         recipe = _going_on(recipe, training_state(checkpoint))
@@ -191,3 +194,13 @@ def _training(train: TrainSection, data: PreparedData | None, resume_from: Path 
         steps_per_epoch=steps_per_epoch,
         resume_from=str(resume_from) if resume_from is not None else None,
     )
+
+
+def _check_trackers(recipe: Recipe) -> None:
+    for name in recipe.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(
+                f"`report_to: {name}` needs the package {name}, which is not installed",
+                where="report_to",
+                hint=f"pip install 'llmpipe_cli[{name}]', or leave `{name}` out",
+            )

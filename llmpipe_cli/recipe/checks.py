@@ -400,10 +400,6 @@ def _without_effect(context: _Context) -> Iterator[Finding]:
     for field, used_by, is_used in rules:
         if not is_used and context.given(f"train.{field}"):
             yield Finding((f"train.{field}",), f"`{field}` has no effect: it is for {used_by}", None, is_warning=True)
-    if context.recipe.report_to:
-        message = f"`report_to: {context.recipe.report_to[0]}` has no effect in this version"
-        hint = "metrics.jsonl in the run directory has every step; llmpipe runs report draws it"
-        yield Finding(("report_to",), message, hint, is_warning=True)
 
 
 _CHECKS: tuple[Callable[[_Context], Iterator[Finding]], ...] = (

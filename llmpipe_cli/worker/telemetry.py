@@ -6,6 +6,7 @@ import json
 import math
 import resource
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,14 @@ class MetricsWriter:
 
     Args:
         path: the file; none for ranks that do not write.
+
+    Attributes:
+        listener: is handed each line after it was written.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._file = path.open("a", encoding="utf-8") if path is not None else None
+        self.listener: Callable[[Mapping[str, Any]], None] | None = None
 
     def step(self, **fields: Any) -> None:
         """One optimizer step."""
@@ -33,8 +38,11 @@ class MetricsWriter:
     def _write(self, fields: dict[str, Any]) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps({**_plain(fields), "time": time.time()}) + "\n")
+        line = {**_plain(fields), "time": time.time()}
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        if self.listener is not None:
+            self.listener(line)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -34,6 +34,7 @@ from llmpipe_cli.tasks.registry import get_task
 from llmpipe_cli.worker.evaluation import Evaluator
 from llmpipe_cli.worker.process import Context, config_from_fields, load_stage
 from llmpipe_cli.worker.telemetry import MetricsWriter, peak_memory_bytes
+from llmpipe_cli.worker.trackers import Trackers
 
 # Validation metrics that get better by falling.
 _LOWER_IS_BETTER = {"loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"}
@@ -69,10 +70,18 @@ class Trainer:
         assert context.plan.data is not None
         self.context, self.plan, self.recipe = context, context.plan, context.recipe
         self.settings = context.plan.training
+        self.position = _Position()
         self.data = PreparedData.model_validate(context.plan.data)
         assert self.data.train is not None
         self.task = get_task(self.data)
         self.metrics = MetricsWriter(context.run.metrics if context.is_first else None)
+        self.trackers = Trackers(
+            self.recipe.report_to if context.is_first else [],
+            context.run,
+            self.plan.recipe,
+            lambda message: self.metrics.event("warning", step=self.position.step, message=message),
+        )
+        self.metrics.listener = self.trackers.log
         module = load_stage(context)
         curve = learning_rate_curve(self.recipe.train, self.settings.max_steps, self.settings.warmup_steps)
         loss = make_loss(self.recipe.task, self.recipe.train.label_smoothing)
@@ -88,7 +97,6 @@ class Trainer:
         self.evaluator: Evaluator | None = None
         if self.data.validation is not None:
             self.evaluator = Evaluator(context, self.engine.executor, self.task, self.data.validation)
-        self.position = _Position()
         self.skipped_in_a_row = 0
 
     def run(self) -> int:
@@ -122,6 +130,7 @@ class Trainer:
         assert saved_step == self.position.step or self.position.step == 0
         requested = stopped and self.position.step < self.settings.max_steps and not self._is_stale()
         self.metrics.event("end", step=self.position.step, state="stopped" if requested else "done")
+        self.trackers.close()
         return EXIT_STOPPED if requested else 0
 
     def _resume(self) -> None:
