@@ -21,7 +21,7 @@ from llmpipe_cli.data.cache import cached_folder
 from llmpipe_cli.data.dataset import open_split
 from llmpipe_cli.data.prepare import prepare
 from llmpipe_cli.data.prepared import PreparedData, PreparedSplit
-from llmpipe_cli.data.sources import PIECE_CHARS, Record
+from llmpipe_cli.data.sources import PIECE_CHARS, Record, SkipLog
 from llmpipe_cli.data.store import Documents, SplitWriter
 from llmpipe_cli.data.tokenise import tokenise
 from llmpipe_cli.data.tokenizer import Encoder, train_tokenizer
@@ -197,7 +197,7 @@ def test_tokens_do_not_depend_on_the_number_of_processes(cache: Path, tmp_path: 
         folder = tmp_path / str(num_processes)
         folder.mkdir()
         writer = SplitWriter(folder, options.columns, 500, separated=True, labelled=False)
-        tokenise(iter(records), options, tokenizer, writer, None, num_processes=num_processes)
+        tokenise(iter(records), options, tokenizer, writer, None, SkipLog(), num_processes=num_processes)
         results.append(writer.close(num_skipped=0, num_truncated=0, skipped_examples=[], label_names=None).model_dump())
     assert results[0] == results[1]
     assert results[0]["num_documents"] == len(records)
@@ -282,10 +282,10 @@ def test_trained_tokenizers_lose_no_byte(tmp_path: Path, template: str, around: 
     assert full == tokenizer(text)["input_ids"]
     before, after = (tokenizer.convert_tokens_to_ids(tokens) for tokens in around)
     assert full == [*before, *ids, *after]
-    cut, num_cut = encoder.encode_truncated([text, "a"], 8)
+    cut, which = encoder.encode_truncated([text, "a"], 8)
     assert cut[0] == tokenizer(text, truncation=True, max_length=8)["input_ids"]
     assert len(cut[0]) == 8
-    assert num_cut == 1
+    assert which == [0]
     assert (template == "encoder") == (tokenizer.mask_token_id is not None)
 
 
@@ -433,9 +433,8 @@ def test_nothing_left_or_too_little(cache: Path, tmp_path: Path) -> None:
         ({"tokenizer": "./nowhere"}, "tokenizer", "there is no folder ./nowhere"),
         ({"tokenizer": str(STDLIB / "json")}, "tokenizer", "cannot be loaded"),
         ({"train": {"dataset": "../nowhere"}}, "data.train.dataset", "there is no folder ../nowhere"),
-        ({"task": "chat"}, "task", "not available yet"),
-        ({"task": "question-answering"}, "task", "not available yet"),
-        ({"task": "token-classification"}, "task", "not available yet"),
+        ({"task": "chat"}, str(STDLIB / "csv.py"), "no fields messages"),
+        ({"task": "token-classification"}, str(STDLIB / "csv.py"), "no fields tokens, ner_tags"),
         ({"task": "classification"}, str(STDLIB / "csv.py"), "no fields text, label"),
     ],
 )

@@ -222,10 +222,16 @@ def test_parquet_rows_and_columns_are_named(tmp_path: Path) -> None:
     assert caught.value.hint == "did you mean 'text'? the fields are 'text', 'n'"
 
 
-def test_a_json_array_gets_a_way_out(tmp_path: Path) -> None:
+def test_a_json_array_is_read_with_the_lines_of_its_elements(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", '[\n  {"text": "a"},\n  {"text":\n   "b]"},{"text": "c"}\n]\n')
+    assert [(record.where.rpartition(":")[2], record.texts[0]) for record in read(path)] == [
+        ("2", "a"),
+        ("3", "b]"),
+        ("4", "c"),
+    ]
     with pytest.raises(UsageError) as caught:
-        read(write(tmp_path / "a.json", '[\n  {"text": "a"}\n]\n'))
-    assert "jq" in (caught.value.hint or "")
+        read(write(tmp_path / "b.json", '[\n  {"text": "a"},\n  {"text": }]\n'))
+    assert caught.value.where == f"{tmp_path}/b.json:3"
 
 
 def test_plain_text_has_no_labels(tmp_path: Path) -> None:

@@ -363,7 +363,7 @@ BROKEN: list[tuple[str, str, str, str, str]] = [
         "is not available",
         "auto",
     ),
-    ("chat", HEAD + "task: chat", "3:7", "the task chat is not available in this version", "causal-lm, masked-lm"),
+    ("stride", HEAD + "task: chat\ndata: {stride: 64}", "4:16", "`stride` is for question-answering", "leave it out"),
     # evaluation and checkpoints
     ("stopping without data", HEAD + "train: {early_stopping: {}}", "3:25", "needs validation data", "fraction: 0.02"),
     (

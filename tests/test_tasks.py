@@ -474,8 +474,8 @@ def run_uniform(one: EvaluationPass, num_classes: int) -> dict[str, float]:
 def test_tasks_that_are_not_there_yet_are_refused_by_name(cache: Path) -> None:
     data = prepared(cache, "causal-lm")
     assert isinstance(get_task(data), Task)
-    data.task = "question-answering"
+    data.task = "summarisation"
     with pytest.raises(UsageError) as caught:
         get_task(data)
-    assert "'question-answering'" in caught.value.message
-    assert "causal-lm, masked-lm, classification, translation" in (caught.value.hint or "")
+    assert "'summarisation'" in caught.value.message
+    assert "causal-lm, masked-lm, chat, classification" in (caught.value.hint or "")

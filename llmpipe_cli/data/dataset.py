@@ -13,6 +13,9 @@ from llmpipe_cli.data.store import Documents
 
 Sample = dict[str, npt.NDArray[np.int64]]
 
+# Columns that say something of a document as a whole: cutting its tokens leaves them as they are.
+_NOT_A_VALUE_A_TOKEN = ("facts", "offsets", "classes")
+
 
 class Samples(ABC):
     """The samples of a split; `samples[i]` is a dict of int64 arrays [n] (`label`: a 0-d array)."""
@@ -38,8 +41,8 @@ def open_split(split: PreparedSplit) -> Samples:
 
 
 class PackedSamples(Samples):
-    """Consecutive blocks of `sequence_len` tokens: `input_ids`, int64 [sequence_len] (shorter only where the whole
-    split is shorter than a block)."""
+    """Consecutive blocks of `sequence_len` tokens: `input_ids` and any column beside it, int64 [sequence_len] (shorter
+    only where the whole split is shorter than a block)."""
 
     def __init__(self, split: PreparedSplit) -> None:
         self.split = split
@@ -50,8 +53,9 @@ class PackedSamples(Samples):
         if not 0 <= index < len(self):
             raise IndexError(index)
         start = index * self.split.sequence_len
-        tokens = self.documents.tokens["input_ids"][start : start + self.split.sequence_len]
-        return {"input_ids": tokens.astype(np.int64)}
+        stop = start + self.split.sequence_len
+        columns = self.documents.meta.columns
+        return {name: self.documents.tokens[name][start:stop].astype(np.int64) for name in columns}
 
 
 class RecordSamples(Samples):
@@ -68,10 +72,12 @@ class RecordSamples(Samples):
             raise IndexError(index)
         sample: Sample = {}
         for name in documents.meta.columns:
-            limit = self.split.target_sequence_len if name == "labels" else self.split.sequence_len
             start = int(documents.starts[name][index])
             count = int(documents.counts[name][index]) + documents.meta.separated
-            sample[name] = documents.tokens[name][start : start + min(count, limit)].astype(np.int64)
+            if name not in _NOT_A_VALUE_A_TOKEN:
+                limit = self.split.target_sequence_len if name == "labels" else self.split.sequence_len
+                count = min(count, limit)
+            sample[name] = documents.tokens[name][start : start + count].astype(np.int64)
         if documents.labels is not None:
             sample["label"] = np.asarray(documents.labels[index], np.int64)
         return sample
@@ -92,6 +98,14 @@ class SyntheticSamples(Samples):
         sample: Sample = {"input_ids": random.integers(0, split.vocab_size, split.sequence_len)}
         if split.task == "translation":
             sample["labels"] = random.integers(0, split.vocab_size, split.target_sequence_len)
-        if split.num_labels:
+        elif split.task == "chat":
+            sample["answered"] = np.ones(split.sequence_len, np.int64)
+        elif split.task == "question-answering":
+            start, end = np.sort(random.integers(0, split.sequence_len, 2))
+            sample["facts"] = np.array([1, start, end, 0, 0], np.int64)
+            sample["token_types"] = np.zeros(split.sequence_len, np.int64)
+        elif split.task == "token-classification":
+            sample["tags"] = random.integers(0, split.num_labels, split.sequence_len)
+        elif split.num_labels:
             sample["label"] = np.asarray(random.integers(0, split.num_labels), np.int64)
         return sample

@@ -11,7 +11,7 @@ it, so changing that needs no new tokenising. When all entries exist, only file 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ __all__ = ["PreparedData", "PreparedSplit", "prepare"]
 
 Progress = Callable[[str, int, int | None], None]
 
-_VERSION = 1  # of everything that decides a split's contents and is not in its fingerprint: raise it on change
+_VERSION = 2  # of everything that decides a split's contents and is not in its fingerprint: raise it on change
 _SYNTHETIC_SAMPLES = {"train": 1 << 20, "validation": 64}
 _SYNTHETIC_LABELS = 2
 
@@ -92,7 +92,11 @@ class _Preparation:
             vocab_size=vocab_size,
             special_token_ids=tokenizer.special_token_ids if tokenizer else {},
             all_special_ids=tokenizer.all_special_ids if tokenizer else [],
+            token_types=tokenizer.token_types if tokenizer else False,
             packing=self.recipe.data.packing,
+            multi_label=self.recipe.data.multi_label,
+            whole_word_masking=self.recipe.data.whole_word_masking,
+            scoring=_scoring(self.recipe),
         )
         label_names = None if self.train else _pretrained_label_names(self.recipe, self.base_dir)
         if self.train is not None:
@@ -102,6 +106,7 @@ class _Preparation:
             data.validation = self._split("validation", self.validation, tokenizer, vocab_size, label_names)
             label_names = label_names or self._label_names(data.validation)
         data.label_names = label_names
+        data.class_weights = _class_weights(self.recipe, data)
         return data
 
     def _tokenizer(self) -> TokenizerInfo | None:
@@ -130,6 +135,7 @@ class _Preparation:
 
         identity = {
             "source": source.identity(),
+            "task": self.recipe.task,
             "fields": [*fields.texts, fields.label],
             "held_out": self.held_out,
             "max_documents": section.max_documents,
@@ -183,32 +189,57 @@ class _Preparation:
         labels = None
         if options.label is not None:
             known = label_names or self.sources[name].label_names(options.label)
-            labels = _Labels(known, fixed=label_names is not None)
+            if known is None and options.names_labels_first:
+                known = self._find_labels(name, options)
+            labels = _Labels(known, fixed=label_names is not None or options.names_labels_first)
+            if options.names_labels_first:
+                options = replace(options, label_names=tuple(known or ()))
         writer = SplitWriter(
             folder,
             options.columns,
             tokenizer.vocab_size,
             separated=options.separator is not None,
-            labelled=labels is not None,
+            labelled=labels is not None and not options.names_labels_first,
         )
         records = self._records(name, record_fields(options), skipped, f"tokenising {name} data")
         if labels is not None:
             records = labels.checked(records, skipped)
-        num_truncated = tokenise(
-            records, options, tokenizer.directory, writer, labels.number if labels is not None else None
-        )
+        label_id = labels.number if labels is not None and not options.names_labels_first else None
+        truncated = tokenise(records, options, tokenizer.directory, writer, label_id, self._too_long(section, skipped))
         if writer.num_documents == 0:
             raise self._no_documents(name, skipped)
         # Both splits of one source meet the same malformed records: they are counted with the training data alone.
         count = not (name == "validation" and self.held_out is not None)
         final_names, final_ids = labels.sorted() if labels is not None else (None, None)
+        if options.names_labels_first:
+            final_ids = None
         writer.close(
             num_skipped=skipped.num_skipped if count else 0,
-            num_truncated=num_truncated,
+            num_truncated=truncated.count,
             skipped_examples=skipped.examples if count else [],
+            truncated_examples=truncated.examples,
             label_names=final_names,
             label_ids=final_ids,
         )
+
+    @staticmethod
+    def _too_long(section: DataSource, skipped: SkipLog) -> SkipLog:
+        """The log for records that tokens cannot be made of: `on_too_long` decides where it is given."""
+        if section.on_too_long == "skip":
+            return SkipLog("skip", parent=skipped)
+        return SkipLog("stop") if section.on_too_long == "stop" else skipped
+
+    def _find_labels(self, name: str, options: FeatureOptions) -> list[str]:
+        """All labels of a split, sorted: a first reading of its records."""
+        section = self.train if name == "train" else self.validation
+        assert section is not None
+        found = _Labels(None, fixed=False)
+        for record in self._records(name, record_fields(options), SkipLog("skip"), "looking for labels"):
+            for label in record.labels:
+                found.ids.setdefault(label, len(found.ids))
+        if not found.ids:
+            raise UsageError("there is no label at all", where=f"data.{name}")
+        return found.sorted()[0]
 
     def _records(self, name: str, fields: Fields, skipped: SkipLog, doing: str) -> Iterator[Record]:
         """The records of a split; of one source with a held-out share, those on this split's side."""
@@ -244,7 +275,7 @@ class _Preparation:
         return UsageError(f"there is no document in {self.sources[name].describe()}", where=where)
 
     def _describe(self, name: str, folder: Path, options: FeatureOptions, vocab_size: int) -> PreparedSplit:
-        from llmpipe_cli.data.store import read_meta
+        from llmpipe_cli.data.store import TOKEN_COLUMNS, read_meta
 
         meta = read_meta(folder)
         length = self.recipe.data.sequence_len
@@ -253,7 +284,7 @@ class _Preparation:
         packed = (options.task in ("causal-lm", "masked-lm") and self.recipe.data.packing) or (
             options.task == "causal-lm" and name == "validation"
         )
-        num_tokens = sum(meta.num_tokens.values())
+        num_tokens = sum(count for column, count in meta.num_tokens.items() if column in TOKEN_COLUMNS)
         num_samples = num_tokens // length if packed else meta.num_documents
         if packed and num_samples == 0:
             if name == "train":
@@ -283,14 +314,16 @@ class _Preparation:
             num_skipped=meta.num_skipped,
             num_truncated=num_truncated,
             skipped_examples=meta.skipped_examples,
+            truncated_examples=meta.truncated_examples,
             num_labels=len(meta.label_names or ()),
+            label_counts=_label_counts(folder, len(meta.label_names or ())),
         )
 
     def _synthetic(self, name: str, section: DataSource, vocab_size: int) -> PreparedSplit:
         length = self.recipe.data.sequence_len
         target_length = self.recipe.data.target_sequence_len or length
         num_samples = section.max_documents or _SYNTHETIC_SAMPLES[name]
-        num_labels = _SYNTHETIC_LABELS if self.recipe.task == "classification" else 0
+        num_labels = _SYNTHETIC_LABELS if self.recipe.task in ("classification", "token-classification") else 0
         identity = {"synthetic": name, "shape": [num_samples, length, target_length, vocab_size, num_labels]}
         return PreparedSplit(
             kind="synthetic",
@@ -306,7 +339,7 @@ class _Preparation:
         )
 
     def _label_names(self, split: PreparedSplit) -> list[str] | None:
-        if self.recipe.task != "classification":
+        if self.recipe.task not in ("classification", "token-classification"):
             return None
         if split.kind == "synthetic":
             return [f"LABEL_{index}" for index in range(split.num_labels)]
@@ -331,8 +364,9 @@ class _Labels:
     def checked(self, records: Iterator[Record], skipped: SkipLog) -> Iterator[Record]:
         """The records whose label is known, or may be new."""
         for record in records:
-            name = str(record.label)
-            if self.fixed and name not in self.ids:
+            names = record.labels if record.label is None else (str(record.label),)
+            name = next((name for name in names if name not in self.ids), None) if self.fixed else None
+            if name is not None:
                 near = get_close_matches(name, self.ids, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 known = ", ".join(repr(known) for known in list(self.ids)[:20])
@@ -359,6 +393,55 @@ class _Labels:
             )
         final = {name: index for index, name in enumerate(names)}
         return names, [final[name] for name in self.ids]
+
+
+def _label_counts(folder: Path, num_labels: int) -> list[int]:
+    """Documents of each label; empty where documents have none, or several."""
+    from llmpipe_cli.data.store import Documents
+
+    if not num_labels or (documents := Documents(folder)).labels is None:
+        return []
+    import numpy as np
+
+    return [int(count) for count in np.bincount(documents.labels, minlength=num_labels)]
+
+
+def _class_weights(recipe: Recipe, data: PreparedData) -> list[float] | None:
+    """The factor on the loss of each class, in the order of the labels.
+
+    Raises:
+        UsageError: a weight for a label that there is not, or counts that are not known.
+    """
+    given, names = recipe.data.class_weights, data.label_names
+    if given is None or names is None:
+        return None
+    if given == "balanced":
+        counts = data.train.label_counts if data.train else []
+        if data.train is None:
+            return None  # weights are for learning alone
+        if not counts or 0 in counts:
+            raise UsageError(
+                "balanced class weights need training documents of each class, with one label each",
+                where="data.class_weights",
+                hint="write a factor for each label",
+            )
+        return [sum(counts) / (len(counts) * count) for count in counts]
+    for name in given:
+        if name not in names:
+            known = ", ".join(repr(known) for known in names[:20])
+            raise UsageError(f"unknown label {name!r}", where="data.class_weights", hint=f"the labels are {known}")
+    return [given.get(name, 1.0) for name in names]
+
+
+def _scoring(recipe: Recipe) -> dict[str, float]:
+    """What of the recipe decides how the model's outputs become answers and labels."""
+    options = recipe.evaluation
+    names: tuple[str, ...] = ()
+    if recipe.task == "question-answering":
+        names = ("n_best", "max_answer_len", "null_score_threshold")
+    elif recipe.task == "classification" and recipe.data.multi_label:
+        names = ("threshold",)
+    return {name: float(getattr(options, name)) for name in names}
 
 
 def _check_special_tokens(tokenizer: TokenizerInfo, options: FeatureOptions, *, training: bool) -> None:
@@ -409,7 +492,7 @@ def _model_vocab_size(recipe: Recipe) -> int:
 
 def _pretrained_label_names(recipe: Recipe, base_dir: Path) -> list[str] | None:
     """The labels of a pretrained classifier in a folder: without training data they are the only ones there are."""
-    if recipe.task != "classification" or not recipe.model.from_:
+    if recipe.task not in ("classification", "token-classification") or not recipe.model.from_:
         return None
     import json
 

@@ -31,7 +31,11 @@ class PreparedSplit(BaseModel):
     """Documents longer than a sample, which were or will be cut."""
     skipped_examples: list[str] = []
     """The first malformed records: place and reason."""
+    truncated_examples: list[str] = []
+    """The places of the first documents that were cut."""
     num_labels: int = 0
+    label_counts: list[int] = []
+    """Classification: documents of each label."""
 
 
 class PreparedData(BaseModel):
@@ -47,6 +51,14 @@ class PreparedData(BaseModel):
     special_token_ids: dict[str, int] = {}
     all_special_ids: list[int] = []
     label_names: list[str] | None = None
+    token_types: bool = False
+    """Whether the tokenizer tells the two texts of a pair apart."""
     packing: bool = True
+    multi_label: bool = False
+    class_weights: list[float] | None = None
+    """Factor on the loss of each class."""
+    whole_word_masking: bool = False
+    scoring: dict[str, float] = {}
+    """Numbers of the recipe's `evaluation` that decide how outputs become answers."""
     train: PreparedSplit | None = None
     validation: PreparedSplit | None = None

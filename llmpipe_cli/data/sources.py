@@ -1,9 +1,11 @@
 """Where text comes from: one `Record` after the other, in an order that is always the same, in constant memory.
 
-A source is a list of files (text: one document a file; JSON Lines, CSV and parquet: one record a line or row; each
-optionally compressed with gzip) or a dataset that `datasets` opens. Every source checks its records: the fields that
-the task needs exist, hold text, and are not empty. A malformed record is a `UsageError` with file and line, or with
-`on_error: skip` it is counted in a `SkipLog` and left out. A text file without any text is always left out and counted.
+A source is a list of files (text: one document a file; JSON Lines, CSV and parquet: one record a line or row; JSON: one
+record an element of an array; CoNLL: one a sentence; each optionally compressed with gzip) or a dataset that `datasets`
+opens. Records that are more than texts and a label (questions, conversations, tagged words) are read by `data.rows`.
+Every source checks its records: the fields that the task needs exist, hold text, and are not empty. A malformed record
+is a `UsageError` with file and line, or with `on_error: skip` it is counted in a `SkipLog` and left out. A text file
+without any text is always left out and counted.
 
 A text file of any size is read in pieces, so that a corpus in a single file needs no more memory than one in many. A
 piece ends between a letter or digit and the white space that follows, where tokenizers begin a new token anyway.
@@ -19,11 +21,12 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -42,16 +45,31 @@ _FORMAT_BY_SUFFIX = {
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",
+    ".conll": "conll",
+    ".iob": "conll",
+    ".iob2": "conll",
+    ".bio": "conll",
 }
-_NUM_KEPT_EXAMPLES = 5
+NUM_KEPT_EXAMPLES = 5
 
 
 @dataclass(frozen=True)
 class Fields:
-    """The record fields that a task reads: names of the text fields, and of the label field if there is one."""
+    """The record fields that a task reads: names of the text fields, and of the label field if there is one.
+
+    `parse` makes a record of a row that is more than texts and a label, and `parse_document` many of one JSON document;
+    None where there is no such form.
+    """
 
     texts: tuple[str, ...]
     label: str | None = None
+    parse: Callable[[dict[str, Any], Fields, str], Record] | None = None
+    parse_document: Callable[[dict[str, Any], Fields, str], Iterator[Record | UsageError]] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """All fields that have to be there."""
+        return [*self.texts, *([self.label] if self.label else [])]
 
 
 @dataclass(frozen=True)
@@ -59,7 +77,8 @@ class Record:
     """One document, or one piece of a long one.
 
     `texts` are in the order of `Fields.texts`. `first` and `last` are both True unless the record is a piece of a
-    longer document. `digest` is a hash of the whole document's first text.
+    longer document. `digest` is a hash of the whole document's first text. `value` is what `data.rows` read besides;
+    `labels` are the names of all labels in it.
     """
 
     where: str
@@ -68,6 +87,8 @@ class Record:
     first: bool = True
     last: bool = True
     digest: bytes = b""
+    value: Any = None
+    labels: tuple[str, ...] = ()
 
 
 @dataclass
@@ -77,6 +98,8 @@ class SkipLog:
     on_error: str = "stop"
     num_skipped: int = 0
     examples: list[str] = field(default_factory=list)
+    parent: SkipLog | None = None
+    """The log that counts instead of this one."""
 
     def report(self, error: UsageError) -> None:
         """Raises `error`, or counts it when malformed records are to be skipped."""
@@ -87,8 +110,11 @@ class SkipLog:
 
     def leave_out(self, error: UsageError) -> None:
         """Counts a record that is left out."""
+        if self.parent is not None:
+            self.parent.leave_out(error)
+            return
         self.num_skipped += 1
-        if len(self.examples) < _NUM_KEPT_EXAMPLES:
+        if len(self.examples) < NUM_KEPT_EXAMPLES:
             self.examples.append(f"{error.where}: {error.message}")
 
 
@@ -215,19 +241,21 @@ class HubSource(Source):
 
     def label_names(self, label: str) -> list[str] | None:
         features = getattr(self._open(), "features", None) or {}
-        return list(features[label].names) if hasattr(features.get(label), "names") else None
+        found = features.get(label)
+        found = getattr(found, "feature", found)  # of a list of labels
+        names = getattr(found, "names", None)
+        return list(names) if names is not None else None
 
     def raw_records(self, fields: Fields, skipped: SkipLog) -> Iterator[Record]:
         dataset = self._open()
         self.total_bytes = None
         names = self.label_names(fields.label) if fields.label else None
         for number, row in enumerate(dataset, start=1):
-            record = _checked(row, fields, f"{self.name}[{self.split}]:{number}", skipped)
-            if record is None:
-                continue
-            if names and isinstance(record.label, int) and 0 <= record.label < len(names):
-                record = Record(record.where, record.texts, names[record.label])
-            yield record
+            if names and fields.label in row:
+                row = {**row, fields.label: _named(row[fields.label], names)}
+            record = checked_record(row, fields, f"{self.name}[{self.split}]:{number}", skipped)
+            if record is not None:
+                yield record
 
     def _open(self) -> Any:
         if self._dataset is None:
@@ -258,6 +286,13 @@ class HubSource(Source):
                 where=self.where,
                 hint="check the id or folder, `subset` and `split`; without network only downloaded datasets open",
             ) from error
+
+
+def _named(label: Any, names: list[str]) -> Any:
+    """Label ids as the names that the dataset declares for them."""
+    if isinstance(label, list):
+        return [_named(each, names) for each in label]
+    return names[label] if isinstance(label, int) and 0 <= label < len(names) else label
 
 
 def hub_commit(name: str, revision: str | None, *, kind: str) -> str | None:
@@ -298,9 +333,9 @@ class _open_bytes:  # noqa: N801  (used like the builtin `open`)
 
 def _read_text(path: Path, binary: IO[bytes], fields: Fields, skipped: SkipLog) -> Iterator[Record]:
     """The whole file as one document, in pieces when it is long."""
-    if len(fields.texts) != 1 or fields.label is not None:
+    if len(fields.texts) != 1 or fields.label is not None or fields.parse is not None:
         raise UsageError(
-            f"a plain text file has no fields {', '.join([*fields.texts, *([fields.label] if fields.label else [])])}",
+            f"a plain text file has no fields {', '.join(fields.names)}",
             where=str(path),
             hint="this task needs records: JSON Lines, CSV or parquet (`format` overrides the file name's ending)",
         )
@@ -315,7 +350,7 @@ def _read_text(path: Path, binary: IO[bytes], fields: Fields, skipped: SkipLog) 
             # no mistake: source trees are full of empty files
             skipped.leave_out(UsageError("the file is empty", where=f"{path}:1"))
             return
-        yield Record(f"{path}:1", (text,), digest=_digest(text))
+        yield Record(f"{path}:1", (text,), digest=digest_of(text))
         return
     # A long file is read twice: a document that turns out not to be UTF-8 must be skipped as a whole.
     try:
@@ -351,6 +386,70 @@ def _check_utf8(path: Path, blocks: Iterator[bytes]) -> bytes:
 
 
 def _read_jsonl(path: Path, binary: IO[bytes], fields: Fields, skipped: SkipLog) -> Iterator[Record]:
+    head = binary.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1]  # type: ignore[attr-defined]
+    is_json = ".json" in path.suffixes
+    if head == b"[" or (head == b"{" and is_json and fields.parse_document is not None):
+        data = binary.read()
+        if head == b"[":
+            yield from _read_json_array(path, data, fields, skipped)
+            return
+        if (document := _json_document(data)) is not None:
+            assert fields.parse_document is not None
+            for found in fields.parse_document(document, fields, f"{path}"):
+                if isinstance(found, UsageError):
+                    skipped.report(found)
+                else:
+                    yield found
+            return
+        binary = io.BytesIO(data)  # an object a line after all
+    yield from _read_json_lines(path, binary, fields, skipped)
+
+
+def _json_document(data: bytes) -> dict[str, Any] | None:
+    """The single JSON object of a file that holds its records under `data`; None for anything else."""
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) and isinstance(document.get("data"), list) else None
+
+
+def _read_json_array(path: Path, data: bytes, fields: Fields, skipped: SkipLog) -> Iterator[Record]:
+    """One record an element; each is named by the line that it begins on. The file has to fit into memory."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        skipped.report(_not_utf8(path, 1 + data.count(b"\n", 0, error.start), error))
+        return
+    decoder, position, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
+    while True:
+        position = _after_space(text, position)
+        if text[position : position + 1] in ("]", ""):
+            return
+        line += text.count("\n", counted, position)
+        counted = position
+        try:
+            row, position = decoder.raw_decode(text, position)
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+            skipped.report(UsageError(f"not JSON: {reason}; the rest of the file is lost", where=f"{path}:{line}"))
+            return
+        if (record := checked_record(row, fields, f"{path}:{line}", skipped)) is not None:
+            yield record
+        position = _after_space(text, position)
+        position += text[position : position + 1] == ","
+
+
+_SPACE = re.compile(r"\s*")
+
+
+def _after_space(text: str, position: int) -> int:
+    found = _SPACE.match(text, position)
+    assert found is not None
+    return found.end()
+
+
+def _read_json_lines(path: Path, binary: IO[bytes], fields: Fields, skipped: SkipLog) -> Iterator[Record]:
     for number, line in enumerate(binary, start=1):
         where = f"{path}:{number}"
         if number == 1:
@@ -364,15 +463,12 @@ def _read_jsonl(path: Path, binary: IO[bytes], fields: Fields, skipped: SkipLog)
             skipped.report(_not_utf8(path, number, error))
             continue
         except json.JSONDecodeError as error:
-            hint = None
-            if number == 1 and line.lstrip().startswith(b"["):
-                hint = "a JSON array is not JSON Lines; write one object a line (`jq -c '.[]' FILE`)"
-            skipped.report(UsageError(f"not JSON: {error.msg}", where=f"{where}:{error.colno}", hint=hint))
+            skipped.report(UsageError(f"not JSON: {error.msg}", where=f"{where}:{error.colno}"))
             continue
         except RecursionError:
             skipped.report(UsageError("not JSON that can be read: nested too deeply", where=where))
             continue
-        if (record := _checked(row, fields, where, skipped)) is not None:
+        if (record := checked_record(row, fields, where, skipped)) is not None:
             yield record
 
 
@@ -405,7 +501,7 @@ def _read_csv(path: Path, binary: IO[bytes], fields: Fields, skipped: SkipLog) -
             message = f"{len(row)} columns where the header names {len(header)}"
             skipped.report(UsageError(message, where=f"{path}:{line}", hint="quote values that hold the delimiter"))
             continue
-        record = _checked(dict(zip(header, row, strict=True)), fields, f"{path}:{line}", skipped)
+        record = checked_record(dict(zip(header, row, strict=True)), fields, f"{path}:{line}", skipped)
         if record is not None:
             yield record
     text.detach()  # the caller closes the file
@@ -415,27 +511,68 @@ def _read_parquet(path: Path, binary: IO[bytes], fields: Fields, skipped: SkipLo
     import pyarrow
     import pyarrow.parquet
 
-    wanted = [*fields.texts, *([fields.label] if fields.label else [])]
+    # a dotted name means a field inside a column
+    wanted = [name.partition(".")[0] for name in fields.names] if fields.parse is None else []
     try:
         table = pyarrow.parquet.ParquetFile(binary)
         number = 0
-        for batch in table.iter_batches(256, columns=[name for name in wanted if name in table.schema_arrow.names]):
+        columns = [name for name in wanted if name in table.schema_arrow.names] if wanted else None
+        for batch in table.iter_batches(256, columns=columns):
             for row in batch.to_pylist():
                 number += 1
                 if number == 1 and (missing := [name for name in wanted if name not in row]):
                     # every row lacks it: no use in skipping them one by one
-                    raise _missing_field(missing[0], table.schema_arrow.names, str(path))
-                if (record := _checked(row, fields, f"{path}:{number}", skipped)) is not None:
+                    raise missing_field(missing[0], table.schema_arrow.names, str(path))
+                if (record := checked_record(row, fields, f"{path}:{number}", skipped)) is not None:
                     yield record
     except pyarrow.ArrowException as error:
         reason = (str(error).splitlines() or ["?"])[0]
         skipped.report(UsageError(f"not a parquet file that can be read: {reason}", where=str(path)))
 
 
-_READERS = {"text": _read_text, "jsonl": _read_jsonl, "csv": _read_csv, "parquet": _read_parquet}
+def _read_conll(path: Path, binary: IO[bytes], fields: Fields, skipped: SkipLog) -> Iterator[Record]:
+    """Sentences with a word a line, its tag in the last column, and an empty line after each sentence."""
+    if len(fields.texts) != 1 or fields.label is None:
+        raise UsageError(
+            "a CoNLL file has words and tags, which the task does not read",
+            where=str(path),
+            hint="task: token-classification",
+        )
+    words: list[str] = []
+    tags: list[str] = []
+    start, broken = 1, False
+    for number, line in enumerate(chain(binary, [b""]), start=1):
+        try:
+            columns = line.decode("utf-8-sig" if number == 1 else "utf-8").split()
+        except UnicodeDecodeError as error:
+            skipped.report(_not_utf8(path, number, error))
+            broken = True
+            continue
+        if columns and not columns[0].startswith("-DOCSTART-"):
+            start = start if words or broken else number
+            if len(columns) < 2 and not broken:
+                skipped.report(UsageError(f"the word {columns[0]!r} has no tag", where=f"{path}:{number}"))
+                broken = True
+            words.append(columns[0])
+            tags.append(columns[-1])
+        elif words or broken:
+            row = {fields.texts[0]: words, fields.label: tags}
+            if not broken and (record := checked_record(row, fields, f"{path}:{start}", skipped)) is not None:
+                yield record
+            words, tags, broken = [], [], False
 
 
-def _checked(row: Any, fields: Fields, where: str, skipped: SkipLog) -> Record | None:
+_READERS = {
+    "text": _read_text,
+    "jsonl": _read_jsonl,
+    "csv": _read_csv,
+    "parquet": _read_parquet,
+    "conll": _read_conll,
+}
+
+
+def checked_record(row: Any, fields: Fields, where: str, skipped: SkipLog) -> Record | None:
+    """The record of a row; a malformed one is reported and None."""
     try:
         return _record(row, fields, where)
     except UsageError as error:
@@ -445,18 +582,25 @@ def _checked(row: Any, fields: Fields, where: str, skipped: SkipLog) -> Record |
 
 def _record(row: Any, fields: Fields, where: str) -> Record:
     if not isinstance(row, dict):
-        raise UsageError(f"a record must be an object with fields, not {_type_name(row)}", where=where)
-    texts = tuple(_text(row, name, where) for name in fields.texts)
+        raise UsageError(f"a record must be an object with fields, not {type_name(row)}", where=where)
+    if fields.parse is not None:
+        record = fields.parse(row, fields, where)
+        return replace(record, digest=digest_of(record.texts[0]))
+    texts = tuple(text_of(row, name, where) for name in fields.texts)
     label = _label(row, fields.label, where) if fields.label else None
-    return Record(where, texts, label, digest=_digest(texts[0]))
+    return Record(where, texts, label, digest=digest_of(texts[0]))
 
 
-def _text(row: dict[str, Any], name: str, where: str) -> str:
+def text_of(row: dict[str, Any], name: str, where: str) -> str:
+    """The text in a field of a row; `UsageError` where there is none."""
     if name not in row:
-        raise _missing_field(name, list(row), where)
+        outer, dot, inner = name.partition(".")
+        if dot and isinstance(row.get(outer), dict):  # translation.en of {"translation": {"en": ..., "de": ...}}
+            return text_of(row[outer], inner, where)
+        raise missing_field(name, list(row), where)
     text = row[name]
     if not isinstance(text, str):
-        raise UsageError(f"field {name!r} holds {_type_name(text)}, not text", where=where)
+        raise UsageError(f"field {name!r} holds {type_name(text)}, not text", where=where)
     if not text.strip():
         raise UsageError(f"field {name!r} is empty", where=where)
     try:
@@ -468,17 +612,18 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
 
 def _label(row: dict[str, Any], name: str, where: str) -> str | int:
     if name not in row:
-        raise _missing_field(name, list(row), where)
+        raise missing_field(name, list(row), where)
     label = row[name]
     if isinstance(label, bool):
         return str(label).lower()
     if isinstance(label, int) or (isinstance(label, str) and label.strip()):
         return label
-    what = "is empty" if label == "" or isinstance(label, str) else f"holds {_type_name(label)}"
+    what = "is empty" if label == "" or isinstance(label, str) else f"holds {type_name(label)}"
     raise UsageError(f"label field {name!r} {what}; a label is text or a whole number", where=where)
 
 
-def _missing_field(name: str, present: list[str], where: str) -> UsageError:
+def missing_field(name: str, present: list[str], where: str) -> UsageError:
+    """The error of a field that a row lacks, with the nearest one that it has."""
     near = difflib.get_close_matches(name, present, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     listed = ", ".join(repr(key) for key in present[:20]) or "none"
@@ -490,11 +635,13 @@ def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> UsageError:
     return UsageError(f"not UTF-8: byte 0x{byte:02x}", where=f"{path}:{line}", hint="convert the file with iconv")
 
 
-def _digest(text: str) -> bytes:
+def digest_of(text: str) -> bytes:
+    """Hash of a document's text: decides on which side of a split it lies."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def _type_name(value: Any) -> str:
+def type_name(value: Any) -> str:
+    """What a value is, in words of JSON."""
     names = {
         type(None): "null",
         bool: "a truth value",

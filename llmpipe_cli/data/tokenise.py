@@ -18,15 +18,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llmpipe_cli.data.sources import Record
+from llmpipe_cli.data.sources import NUM_KEPT_EXAMPLES, Record, SkipLog
 from llmpipe_cli.data.store import SplitWriter
 from llmpipe_cli.data.tokenizer import Encoder
-from llmpipe_cli.errors import PreflightError
+from llmpipe_cli.errors import PreflightError, UsageError
 from llmpipe_cli.tasks.features import FeatureOptions, encode_records
 
 _CHUNK_CHARS = 1 << 18
@@ -36,13 +37,31 @@ _CHUNKS_A_PROCESS = 3  # one being tokenised, one waiting for its process, one f
 
 @dataclass(frozen=True)
 class _Tokenised:
-    """A chunk's results: for each column all tokens, uint32 [n], and each record's number of tokens."""
+    """A chunk's results: for each column all values, int32 [n], and each row's number of them; the rest as in
+    `tasks.features.Features`."""
 
-    tokens: dict[str, npt.NDArray[np.uint32]]
+    tokens: dict[str, npt.NDArray[np.int32]]
     num_tokens: dict[str, list[int]]
     num_white_spaces: list[int]
     num_bytes: list[int]
-    num_truncated: int
+    num_rows: list[int]
+    truncated: list[int]
+    errors: dict[int, str]
+    examples: list[dict[str, Any]]
+
+
+@dataclass
+class Truncated:
+    """Texts that were cut to the sequence length: how many, and the places of the first."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, where: str) -> None:
+        """Counts one."""
+        self.count += 1
+        if len(self.examples) < NUM_KEPT_EXAMPLES:
+            self.examples.append(where)
 
 
 def tokenise(
@@ -51,30 +70,41 @@ def tokenise(
     tokenizer_dir: str,
     writer: SplitWriter,
     label_id: Callable[[Record], int] | None,
+    skipped: SkipLog,
     *,
     num_processes: int | None = None,
     progress: Callable[[], None] | None = None,
-) -> int:
-    """Writes the features of all `records`; gives the number of texts that were cut to the sequence length.
+) -> Truncated:
+    """Writes the features of all `records`; gives the texts that were cut to the sequence length.
 
-    `label_id` gives the id of a record's label. `progress` is called after each chunk.
+    `label_id` gives the id of a record's label. A record that becomes nothing is reported to `skipped`. `progress` is
+    called after each chunk.
     """
-    num_truncated = 0
+    truncated = Truncated()
     for chunk, result in _results(_chunks(records), options, tokenizer_dir, num_processes or available_cores()):
         for column, tokens in result.tokens.items():
             writer.append_tokens(column, tokens)
+        for example in result.examples:
+            writer.append_example(example)
+        row = 0
         for index, record in enumerate(chunk):
-            writer.append_piece(
-                {column: counts[index] for column, counts in result.num_tokens.items()},
-                result.num_white_spaces[index],
-                result.num_bytes[index],
-                last=record.last,
-                label=label_id(record) if label_id else None,
-            )
-        num_truncated += result.num_truncated
+            if index in result.errors:
+                skipped.report(UsageError(result.errors[index], where=record.where))
+            label = label_id(record) if label_id and result.num_rows[index] else None
+            for number in range(result.num_rows[index]):
+                writer.append_piece(
+                    {column: counts[row] for column, counts in result.num_tokens.items()},
+                    result.num_white_spaces[index] if number == 0 else 0,
+                    result.num_bytes[index] if number == 0 else 0,
+                    last=record.last,
+                    label=label,
+                )
+                row += 1
+        for index in result.truncated:
+            truncated.add(chunk[index].where)
         if progress:
             progress()
-    return num_truncated
+    return truncated
 
 
 def available_cores() -> int:
@@ -132,13 +162,16 @@ def _encode(options: FeatureOptions, encoder: Encoder, records: Sequence[Record]
     features = encode_records(options, encoder, records)
     return _Tokenised(
         {
-            column: np.fromiter(itertools.chain.from_iterable(rows), np.uint32, sum(map(len, rows)))
+            column: np.fromiter(itertools.chain.from_iterable(rows), np.int32, sum(map(len, rows)))
             for column, rows in features.tokens.items()
         },
         {column: [len(row) for row in rows] for column, rows in features.tokens.items()},
         features.num_white_spaces,
         features.num_bytes,
-        features.num_truncated,
+        features.num_rows,
+        features.truncated,
+        features.errors,
+        features.examples,
     )
 
 

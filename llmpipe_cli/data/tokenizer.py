@@ -11,8 +11,10 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -22,8 +24,11 @@ from llmpipe_cli.data.sources import PIECE_CHARS, cut_text, hub_commit
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.recipe.schema import Recipe, TokenizerTraining
 
-_VERSION = 1  # of the folder's contents: older ones are made again
-_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.tiktoken", "config.json", "*.py")
+if TYPE_CHECKING:
+    from llmpipe_cli.data.chat import ChatEncoder
+
+_VERSION = 2  # of the folder's contents: older ones are made again
+_TOKENIZER_FILES = ("*token*", "chat_template*", "vocab*", "merges*", "*.model", "*.tiktoken", "config.json", "*.py")
 
 
 class TokenizerInfo(BaseModel):
@@ -38,6 +43,8 @@ class TokenizerInfo(BaseModel):
     vocab_size: int
     special_token_ids: dict[str, int]
     all_special_ids: list[int]
+    token_types: bool = False
+    """Whether the second text of a pair has another token type than the first."""
 
     @property
     def end_of_text(self) -> int | None:
@@ -61,6 +68,7 @@ def prepare_tokenizer(
         UsageError: when there is no such tokenizer, or the recipe names none.
     """
     choice = recipe.tokenizer or recipe.model.from_
+    chat_template = _chat_template(recipe, base_dir)
     if choice is None:
         raise UsageError(
             "the recipe names no tokenizer",
@@ -73,22 +81,28 @@ def prepare_tokenizer(
         template = _template_name(recipe.task) if family is None else "causal"
         identity = {
             "train": training.model_dump(),
+            "chat": chat_template,
             "template": template,
             "family": family,
             "text": text_identity,
             "version": _VERSION,
         }
         return _from_cache(
-            cache_dir, identity, lambda: train_tokenizer(training_text(), training, template, family=family)
+            cache_dir,
+            identity,
+            lambda: _with_chat_template(
+                train_tokenizer(training_text(), training, template, family=family), chat_template
+            ),
         )
     folder = find_folder_or_id(choice, base_dir, where="tokenizer" if recipe.tokenizer else "model.from")
     revision = None if recipe.tokenizer else recipe.model.revision
 
     def load() -> Any:
-        return _load(str(folder or choice), revision, recipe.model.trust_remote_code)
+        tokenizer = _load(str(folder or choice), revision, recipe.model.trust_remote_code)
+        return _with_chat_template(tokenizer, chat_template)
 
     def identify() -> dict[str, Any]:
-        about: dict[str, Any] = {"name": choice, "revision": revision, "version": _VERSION}
+        about: dict[str, Any] = {"name": choice, "revision": revision, "version": _VERSION, "chat": chat_template}
         if folder is not None:
             paths = sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
             about["files"] = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
@@ -99,6 +113,36 @@ def prepare_tokenizer(
     if folder is None and hub_commit(choice, revision, kind="models") is None:
         load()  # downloads it; from then on its commit is known, and part of the fingerprint
     return _from_cache(cache_dir, identify(), load)
+
+
+def _chat_template(recipe: Recipe, base_dir: Path) -> str | None:
+    """The template that the recipe gives, or for a chat the one that takes the place of a missing one."""
+    if recipe.task != "chat":
+        return None
+    given = recipe.data.chat_template
+    if given is None:
+        return ""
+    if "{" in given:
+        return given
+    for folder in (Path.cwd(), base_dir):
+        if (folder / given).is_file():
+            return (folder / given).read_text("utf-8")
+    raise UsageError(
+        f"there is no file {given}",
+        where="data.chat_template",
+        hint="write a file with a Jinja template, or the template itself",
+    )
+
+
+def _with_chat_template(tokenizer: Any, template: str | None) -> Any:
+    """The tokenizer with the given chat template; "" gives one without any the default one."""
+    from llmpipe_cli.data.chat import DEFAULT_TEMPLATE
+
+    if template:
+        tokenizer.chat_template = template
+    elif template == "" and not tokenizer.chat_template:
+        tokenizer.chat_template = DEFAULT_TEMPLATE
+    return tokenizer
 
 
 def train_tokenizer(
@@ -157,10 +201,26 @@ _FAMILIES_WITH_OWN_SPLITTING = {
 }
 
 
+@dataclass(frozen=True)
+class Window:
+    """A question with a part of its context.
+
+    `offsets` are first and last-plus-one character of each of the context's tokens, which begin at `context_start`;
+    `null_position` is where the labels point when there is no answer.
+    """
+
+    ids: list[int]
+    type_ids: list[int]
+    context_start: int
+    offsets: list[tuple[int, int]]
+    null_position: int
+
+
 class Encoder:
     """Text to token ids, with the tokenizer in `directory`."""
 
     def __init__(self, directory: str) -> None:
+        self._directory = directory
         self._fast: Any = None
         self._slow: Any = None
         file = Path(directory) / "tokenizer.json"
@@ -173,6 +233,16 @@ class Encoder:
         else:
             self._slow = _load(directory, None, trust_remote_code=False)
         self._prefix, self._suffix = self._special_tokens_around()
+        about = Path(directory).parent / "info.json"
+        info = json.loads(about.read_text()) if about.is_file() else {}
+        self._cls_id = info.get("special_token_ids", {}).get("cls")
+
+    @cached_property
+    def chat(self) -> ChatEncoder:
+        """Conversations to token ids, by the tokenizer's chat template."""
+        from llmpipe_cli.data.chat import ChatEncoder
+
+        return ChatEncoder(_load(self._directory, None, trust_remote_code=False))
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` without special tokens. A very long text is cut in pieces, so that memory stays bounded."""
@@ -190,17 +260,77 @@ class Encoder:
 
     def encode_truncated(
         self, texts: list[str], max_length: int, *, target: bool = False
-    ) -> tuple[list[list[int]], int]:
-        """Ids with special tokens, at most `max_length` each, and how many texts were cut. `target`: the texts are in
+    ) -> tuple[list[list[int]], list[int]]:
+        """Ids with special tokens, at most `max_length` each, and which texts were cut. `target`: the texts are in
         the output language, which a few translation tokenizers treat apart."""
         if self._fast is not None:
             self._fast.enable_truncation(max_length)
             encodings = self._fast.encode_batch_fast(texts)
             self._fast.no_truncation()
-            return [encoding.ids for encoding in encodings], sum(bool(encoding.overflowing) for encoding in encodings)
+            cut = [index for index, encoding in enumerate(encodings) if encoding.overflowing]
+            return [encoding.ids for encoding in encodings], cut
         whole = self._slow(**{"text_target" if target else "text": texts})["input_ids"]
-        cut = self._slow(**{"text_target" if target else "text": texts}, truncation=True, max_length=max_length)
-        return cut["input_ids"], sum(len(ids) > max_length for ids in whole)
+        short = self._slow(**{"text_target" if target else "text": texts}, truncation=True, max_length=max_length)
+        return short["input_ids"], [index for index, ids in enumerate(whole) if len(ids) > max_length]
+
+    def encode_windows(self, question: str, context: str, max_length: int, stride: int) -> list[Window]:
+        """A question with overlapping parts of its context, at most `max_length` tokens each.
+
+        Raises:
+            ValueError: the question leaves no room for more than `stride` tokens of the context.
+        """
+        fast = self._fast_only("strides over long contexts")
+        room = max_length - len(fast.encode(question, "").ids)
+        if room <= stride:
+            raise ValueError(
+                f"the question leaves {max(room, 0)} of {max_length} tokens for the context, which move on by windows "
+                f"that overlap by {stride}"
+            )
+        fast.enable_truncation(max_length, stride=stride, strategy="only_second")
+        whole = fast.encode(question, context)
+        fast.no_truncation()
+        return [self._window(encoding) for encoding in (whole, *whole.overflowing)]
+
+    def _window(self, encoding: Any) -> Window:
+        inside = [index for index, sequence in enumerate(encoding.sequence_ids) if sequence == 1]
+        offsets = [encoding.offsets[index] for index in inside]
+        ids = encoding.ids
+        null_position = ids.index(self._cls_id) if self._cls_id in ids else 0
+        return Window(ids, encoding.type_ids, inside[0] if inside else 0, offsets, null_position)
+
+    def encode_words(self, words: list[str], max_length: int) -> tuple[list[int], list[int | None]]:
+        """Ids of a text that is given as words, at most `max_length` with special tokens, and the number of the word
+        that each belongs to (None for special tokens)."""
+        fast = self._fast_only("words with tags")
+        fast.enable_truncation(max_length)
+        encoding = fast.encode(words, is_pretokenized=True)
+        fast.no_truncation()
+        return encoding.ids, encoding.word_ids
+
+    def encode_with_words(self, text: str, *, first: bool = True, last: bool = True) -> tuple[list[int], list[int]]:
+        """As `encode_with_special_tokens`, and for each token the number of its word from 1, 0 for special tokens. What
+        a word is, the tokenizer's own splitting decides."""
+        fast = self._fast_only("whole words")
+        encoding = fast.encode(text, add_special_tokens=False)
+        words = [0 if word is None else word + 1 for word in encoding.word_ids]
+        prefix, suffix = self._prefix if first else [], self._suffix if last else []
+        return [*prefix, *encoding.ids, *suffix], [0] * len(prefix) + words + [0] * len(suffix)
+
+    def cut(self, ids: list[int], words: list[int], max_length: int) -> tuple[list[int], list[int]]:
+        """Both cut to `max_length`, with the special tokens kept at the end."""
+        if len(ids) <= max_length:
+            return ids, words
+        keep = max_length - len(self._suffix)
+        return [*ids[:keep], *self._suffix], [*words[:keep], *[0] * len(self._suffix)]
+
+    def _fast_only(self, what: str) -> Any:
+        if self._fast is None:
+            raise UsageError(
+                f"{what} need a tokenizer with a tokenizer.json, which tells where each token lies in the text",
+                where="tokenizer",
+                hint="take the fast form of this tokenizer, or another one",
+            )
+        return self._fast
 
     def _encode(self, text: str, *, special_tokens: bool) -> list[int]:
         if self._fast is not None:
@@ -272,4 +402,6 @@ def _describe(tokenizer: Any) -> dict[str, Any]:
         "vocab_size": max(len(tokenizer), largest + 1),
         "special_token_ids": {name: value for name, value in ids.items() if isinstance(value, int)},
         "all_special_ids": sorted(set(tokenizer.all_special_ids)),
+        "token_types": "token_type_ids" in tokenizer.model_input_names
+        and any(tokenizer("a", "b").get("token_type_ids") or []),
     }

@@ -25,11 +25,11 @@ def make_loss(task: str, label_smoothing: float) -> LossFunction:
     def own_loss(output: Any, batch: MicroBatch) -> torch.Tensor:
         if output.loss is None:
             raise UsageError(f"{type(output).__name__} has no loss: the model does not train on the task's labels")
-        return _finite_without_targets(output.loss, output.logits, batch)
+        return output.loss if batch.num_targets else _finite_without_targets(output.loss, output.logits, batch)
 
     def smoothed_loss(output: Any, batch: MicroBatch) -> torch.Tensor:
         logits, labels = output.logits, batch.inputs["labels"]
-        if task == "causal-lm":
+        if task in ("causal-lm", "chat"):
             labels = F.pad(labels[:, 1:], (0, 1), value=_IGNORED)
         loss = F.cross_entropy(
             logits.flatten(0, -2).float(), labels.flatten(), ignore_index=_IGNORED, label_smoothing=label_smoothing

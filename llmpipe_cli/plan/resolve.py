@@ -6,6 +6,7 @@ This runs where the command was typed, before any rank starts, and allocates not
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import math
 from pathlib import Path
@@ -75,6 +76,8 @@ def make_plan(
     if labels is not None:
         config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
     cls = model_class(config, recipe.task)
+    if data is not None and data.token_types and "token_type_ids" not in inspect.signature(cls.forward).parameters:
+        data = data.model_copy(update={"token_types": False})  # DistilBERT reads pairs without them
     try:
         slice_plan = trace_config(
             cls,

@@ -22,10 +22,11 @@ METRICS: dict[str, tuple[str, ...]] = {
     "masked-lm": ("loss", "perplexity"),
     "classification": ("loss", "accuracy", "precision_macro", "recall_macro", "f1_macro", "f1_micro"),
     "translation": ("loss", "perplexity"),
+    "chat": ("loss", "perplexity"),
+    "question-answering": ("loss", "exact_match", "f1"),
+    "token-classification": ("loss", "accuracy", "precision", "recall", "f1", "f1_macro"),
 }
 """Validation metrics that a training watches. `evaluate` reports more: those need passes of their own."""
-
-NOT_YET_TASKS = ("chat", "question-answering", "token-classification")
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,6 @@ def check(recipe: Recipe, *, job: str | None = None, locked: bool = False) -> li
     """
     context = _Context(recipe, job, locked)
     return [finding for function in _CHECKS for finding in function(context)]
-
-
-def _task(context: _Context) -> Iterator[Finding]:
-    if context.recipe.task in NOT_YET_TASKS:
-        hint = "causal-lm, masked-lm, classification and translation are"
-        yield Finding(("task",), f"the task {context.recipe.task} is not available in this version", hint)
 
 
 def _model(context: _Context) -> Iterator[Finding]:
@@ -190,32 +185,48 @@ _FIELDS_OF_TASKS = {
     "label": ("classification",),
     "source": ("translation",),
     "target": ("translation",),
+    "question": ("question-answering",),
+    "context": ("question-answering",),
+    "answers": ("question-answering",),
+    "messages": ("chat",),
+    "words": ("token-classification",),
+    "tags": ("token-classification",),
+}
+_TASK_OPTIONS = {
+    "whole_word_masking": ("masked-lm",),
+    "stride": ("question-answering",),
+    "multi_label": ("classification",),
+    "class_weights": ("classification",),
+    "chat_template": ("chat",),
+    "source_prefix": ("translation",),
+    "target_sequence_len": ("translation",),
 }
 
 
 def _data_fields(context: _Context, path: str) -> Iterator[Finding]:
     task = context.recipe.task
     for field, tasks in _FIELDS_OF_TASKS.items():
-        if context.given(f"{path}.{field}") and task not in tasks and task not in NOT_YET_TASKS:
-            hint = "it reads `source` and `target`" if task == "translation" else "it reads `text`"
-            hint = "it reads `text` and `label`" if task == "classification" else hint
+        if context.given(f"{path}.{field}") and task not in tasks:
+            read = [f"`{name}`" for name, readers in _FIELDS_OF_TASKS.items() if task in readers]
+            hint = f"it reads {', '.join(read[:-1])}{' and ' if read[1:] else ''}{read[-1]}"
             message = f"the task {task} does not read `{field}`"
             yield Finding((f"{path}.{field}", "task"), message, hint)
 
 
 def _data_shape(context: _Context) -> Iterator[Finding]:
     recipe = context.recipe
-    if (
-        recipe.task not in (*LANGUAGE_MODELLING, *NOT_YET_TASKS)
-        and context.given("data.packing")
-        and recipe.data.packing
-    ):
+    if recipe.task not in LANGUAGE_MODELLING and context.given("data.packing") and recipe.data.packing:
         message = f"packing is for language modelling; the task {recipe.task} has one record a sample"
         yield Finding(("data.packing", "task"), message, "leave it out")
-    if recipe.task != "translation":
-        for field in ("source_prefix", "target_sequence_len"):
-            if context.given(f"data.{field}") and getattr(recipe.data, field):
-                yield Finding((f"data.{field}", "task"), f"`{field}` is for translation", "leave it out")
+    for field, tasks in _TASK_OPTIONS.items():
+        if recipe.task not in tasks and context.given(f"data.{field}") and getattr(recipe.data, field):
+            yield Finding((f"data.{field}", "task"), f"`{field}` is for {tasks[0]}", "leave it out")
+    if recipe.data.stride >= recipe.data.sequence_len and recipe.task == "question-answering":
+        message = f"windows of {recipe.data.sequence_len} tokens cannot overlap by {recipe.data.stride}"
+        yield Finding(("data.sequence_len", "data.stride"), message, "write sequence_len: 384 and stride: 128")
+    if recipe.data.multi_label and recipe.data.class_weights is not None:
+        message = "class weights are for one label a text"
+        yield Finding(("data.class_weights", "data.multi_label"), message, "leave them out")
     if recipe.data.sequence_len < 2 and recipe.task == "causal-lm":
         message = "a sample of one token has nothing to predict"
         yield Finding(("data.sequence_len",), message, "sequence_len: 1024")
@@ -403,7 +414,6 @@ def _without_effect(context: _Context) -> Iterator[Finding]:
 
 
 _CHECKS: tuple[Callable[[_Context], Iterator[Finding]], ...] = (
-    _task,
     _model,
     _lora,
     _tokenizer,

@@ -74,8 +74,9 @@ class DataSource(Section):
     the folder of Python's standard library."""
     exclude: str | list[str] | None = None
     """Glob pattern(s) of files to leave out."""
-    format: Literal["auto", "text", "jsonl", "csv", "parquet"] = "auto"
-    """File format; auto goes by the file name's ending, and takes any other ending as text."""
+    format: Literal["auto", "text", "jsonl", "csv", "parquet", "conll"] = "auto"
+    """File format; auto goes by the file name's ending, and takes any other ending as text. jsonl also takes a JSON
+    array, and SQuAD's own form."""
     dataset: str | None = None
     """Hub id or folder of a dataset that `datasets.load_dataset` opens."""
     subset: str | None = None
@@ -97,11 +98,27 @@ class DataSource(Section):
     source: str = "source"
     """Translation: field with the input text."""
     target: str = "target"
-    """Translation: field with the output text."""
+    """Translation: field with the output text. A dotted name, such as translation.de, is a field inside a field."""
+    question: str = "question"
+    """Question answering: field with the question."""
+    context: str = "context"
+    """Question answering: field with the text that holds the answer."""
+    answers: str = "answers"
+    """Question answering: field with the answers, `text` and `answer_start`, none where the context has no answer."""
+    messages: str = "messages"
+    """Chat: field with the turns; conversations, alpaca's and prompt with completion are found without it."""
+    words: str = "tokens"
+    """Token classification: field with the list of words."""
+    tags: str = "ner_tags"
+    """Token classification: field with the list of their tags."""
     max_documents: PositiveInt | None = None
     """Use the first documents only."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What a line that cannot be read does: end with file and line, or be skipped and counted."""
+    """What a record that cannot be learned from does (unreadable, an unknown label, an answer that is not in the
+    context, turns out of order): end with file and line, or be skipped and counted."""
+    on_too_long: Literal["cut", "skip", "stop"] = "cut"
+    """What a text longer than a sample does: be cut, be skipped, or end with file and line; all are counted. Packed
+    text and questions with their long contexts are divided instead."""
 
 
 class DataSection(Section):
@@ -115,6 +132,17 @@ class DataSection(Section):
     """Translation: tokens of the output text; unset takes `sequence_len`."""
     packing: bool = True
     """Language modelling: fill each sample with consecutive text; off pads one document a sample."""
+    whole_word_masking: bool = False
+    """Masked language modelling: hide whole words instead of single tokens."""
+    stride: Annotated[int, Field(ge=0)] = 128
+    """Question answering: tokens that neighbouring parts of a long context share."""
+    multi_label: bool = False
+    """Classification: a text has any number of labels, as a list or a text with | between them."""
+    class_weights: dict[str, Annotated[float, Field(gt=0.0)]] | Literal["balanced"] | None = None
+    """Classification: factor on the loss of each class; balanced takes samples / (classes x samples of the class)."""
+    chat_template: str | None = None
+    """Chat: a Jinja template, or a file that holds one; unset takes the tokenizer's, or a plain one where it has
+    none."""
     source_prefix: str = ""
     """Translation: text put before each input."""
     shuffle: bool = True
@@ -216,6 +244,14 @@ class EvaluationSection(Section):
     """Evaluate on the validation data after so many steps; unset evaluates at the end only."""
     max_samples: PositiveInt | None = None
     """Use the first validation samples only, while training."""
+    n_best: PositiveInt = 20
+    """Question answering: first and last tokens that are combined to candidates, the likeliest of each row."""
+    max_answer_len: PositiveInt = 30
+    """Question answering: longest answer in tokens."""
+    null_score_threshold: float = 0.0
+    """Question answering: no answer is given where its score is higher than the best answer's by more than this."""
+    threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Classification with several labels: probability from which on a label is given."""
 
 
 class Recipe(Section):

@@ -4,8 +4,9 @@ A task is opened from `PreparedData` alone, so every rank has it without a token
 same keys, shapes and types, as a pipeline needs; the keys are the keyword arguments of the Hugging Face model.
 
 An evaluation is one or more named passes. A pass is a list of micro-batches, read by index in any order on any rank; on
-the last stage `Metrics.update` adds each micro-batch's share to a vector of float64 numbers. Vectors are summed over
-micro-batches and ranks, and the pass turns the sum into metrics, so no result depends on the layout.
+the last stage `Metrics.update` adds each micro-batch's share to a vector of float64 numbers, and where sums are not
+enough (the answer to a question lies in one of several rows) to a list of records. Vectors are summed and records
+collected over micro-batches and ranks, and the pass turns them into metrics, so no result depends on the layout.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,10 +37,12 @@ class EvaluationBatch:
         inputs: keyword arguments of the model, with the keys and shapes of a training micro-batch.
         targets: what `Metrics.update` compares the logits with, `IGNORED` where nothing is scored; int64, of the shape
             of the logits without their last dimension.
+        rows: index of each row among the pass's samples; filled in by the pass.
     """
 
     inputs: Batch
     targets: torch.Tensor
+    rows: tuple[int, ...] = ()
 
 
 class Metrics(ABC):
@@ -46,10 +50,12 @@ class Metrics(ABC):
 
     Attributes:
         vector: float64 [size]; sum it over ranks before `EvaluationPass.result`.
+        records: plain JSON values; collect them from all ranks before `EvaluationPass.scores`.
     """
 
     def __init__(self, size: int) -> None:
         self.vector = torch.zeros(size, dtype=torch.float64)
+        self.records: list[Any] = []
 
     @abstractmethod
     def update(self, batch: EvaluationBatch, logits: torch.Tensor, loss: torch.Tensor | None = None) -> None:
@@ -87,7 +93,7 @@ class EvaluationPass(ABC):
         rows = list(range(first, min(first + self.micro_batch_size, self.num_samples)))
         batch = self.rows(rows + [rows[0]] * (self.micro_batch_size - len(rows)))
         batch.targets[len(rows) :] = IGNORED
-        return batch
+        return replace(batch, rows=tuple(rows))
 
     @abstractmethod
     def rows(self, indices: Sequence[int]) -> EvaluationBatch:
@@ -105,6 +111,11 @@ class EvaluationPass(ABC):
     def num_targets(self, vector: torch.Tensor) -> int:
         """Targets scored, from the summed vector."""
 
+    def scores(self, records: Sequence[Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        """Metrics that sums do not give, from the records of all ranks in any order, and files worth keeping (name and
+        text), such as the predictions."""
+        return {}, {}
+
 
 class Task(ABC):
     """How to batch and score; one subclass a task.
@@ -114,6 +125,8 @@ class Task(ABC):
     """
 
     name: str
+    generates: bool = False
+    """Whether an evaluation also generates texts and scores them."""
 
     def __init__(self, data: PreparedData, sequence_len: int, target_sequence_len: int) -> None:
         self.data = data
@@ -129,6 +142,11 @@ class Task(ABC):
     @abstractmethod
     def num_targets(self, batch: Batch) -> int:
         """How many targets the model's mean loss over this micro-batch averages."""
+
+    def logits(self, output: Any) -> torch.Tensor:
+        """What `Metrics.update` reads, of a model's output."""
+        logits: torch.Tensor = output.logits
+        return logits
 
     @abstractmethod
     def evaluation_passes(

@@ -1,22 +1,25 @@
 """Evaluation over pipeline stages: the task's passes, forward only.
 
 The micro-batches of a pass are dealt to the replicas in turn. On the last stage each adds its share to a vector of
-sums; the vectors are summed over all ranks, so the result does not depend on the layout.
+sums, and where sums are not enough to a list of records; vectors are summed and records collected over all ranks, so
+the result does not depend on the layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from llmpipe_cli.data.dataset import open_split
 from llmpipe_cli.data.prepared import PreparedData, PreparedSplit
+from llmpipe_cli.engine.exchange import gather_json
 from llmpipe_cli.engine.executor import MicroBatch, StageExecutor
 from llmpipe_cli.engine.schedules import forward_only
 from llmpipe_cli.errors import UsageError
-from llmpipe_cli.run import write_json
+from llmpipe_cli.run import write_json, write_text
 from llmpipe_cli.tasks.base import EvaluationBatch, EvaluationPass, Metrics, Task
 from llmpipe_cli.tasks.registry import get_task
 from llmpipe_cli.worker.process import Context, load_stage
@@ -41,6 +44,8 @@ class Evaluator:
         self._samples = open_split(split)
         self.num_samples = 0
         self.num_target_tokens = 0
+        self.files: dict[str, str] = {}
+        """What the last evaluation leaves besides numbers, such as predictions: text by file name."""
 
     def run(
         self, max_samples: int | None = None, *, quick: bool = False, metrics: MetricsWriter | None = None
@@ -55,14 +60,17 @@ class Evaluator:
         results: dict[str, float] = {}
         passes = self._task.evaluation_passes(self._samples, self._context.plan.micro_batch_size, max_samples)
         for number, chosen in enumerate(passes[:1] if quick else passes):
-            vector = self._sums(chosen, metrics)
+            vector, records = self._sums(chosen, metrics)
             results.update(chosen.result(vector))
+            scores, files = chosen.scores(records)
+            results.update(scores)
+            self.files.update(files)
             if number == 0:
                 self.num_samples, self.num_target_tokens = chosen.num_samples, chosen.num_targets(vector)
         return results
 
-    def _sums(self, chosen: EvaluationPass, metrics: MetricsWriter | None) -> torch.Tensor:
-        """The pass's vector of sums over all micro-batches and ranks, float64 on the CPU."""
+    def _sums(self, chosen: EvaluationPass, metrics: MetricsWriter | None) -> tuple[torch.Tensor, list[Any]]:
+        """The pass's vector of sums over all micro-batches and ranks, float64 on the CPU, and all records."""
         sums, done = chosen.new_metrics(), 0
         was_training = self._executor.module.training
         self._executor.module.eval()
@@ -75,7 +83,8 @@ class Evaluator:
         self._executor.module.train(was_training)
         vector = sums.vector.to(self._context.device)
         dist.all_reduce(vector)
-        return vector.cpu()
+        records = [record for mine in gather_json(sums.records) for record in mine]
+        return vector.cpu(), records
 
     def _run_chunk(self, batches: list[EvaluationBatch], indices: list[int], sums: Metrics) -> None:
         device, plan = self._context.device, self._context.plan
@@ -83,7 +92,9 @@ class Evaluator:
         micro_batches = [MicroBatch(index, each, 0) for index, each in zip(indices, inputs, strict=True)]
         order = forward_only(self._context.stage, plan.layout.pipeline, len(micro_batches), plan.placement)
         self._executor.run(
-            order, micro_batches, on_output=lambda position, output: sums.update(batches[position], output.logits)
+            order,
+            micro_batches,
+            on_output=lambda position, output: sums.update(batches[position], self._task.logits(output)),
         )
 
     def _chunks(self, num_batches: int) -> Iterator[list[int]]:
@@ -108,6 +119,8 @@ def evaluate(context: Context) -> int:
     values = evaluator.run(metrics=metrics)
     metrics.event("evaluation", step=0, metrics=values)
     if context.is_first:
+        for name, text in evaluator.files.items():
+            write_text(context.run.path / name, text)
         write_json(
             context.run.evaluation,
             {
