@@ -49,7 +49,7 @@ def bench(
     ] = 2,
     set_: SetOption = None,
     devices: DevicesOption = None,
-    launcher: LauncherOption = "local",
+    launcher: LauncherOption = None,
     env: EnvOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,

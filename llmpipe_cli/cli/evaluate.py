@@ -40,7 +40,7 @@ def evaluate(
     checkpoint: CheckpointOption = None,
     set_: SetOption = None,
     devices: DevicesOption = None,
-    launcher: LauncherOption = "local",
+    launcher: LauncherOption = None,
     env: EnvOption = None,
     grace_seconds: GraceOption = DEFAULT_GRACE_SECONDS,
     dry_run: DryRunOption = False,
@@ -51,7 +51,7 @@ def evaluate(
     loaded = jobs.load(recipe, set_ or [], "evaluate")
     output_dir = Path(loaded.recipe.output_dir)
     model = _find(checkpoint, loaded, output_dir)
-    jobs.make_launcher(options.launcher)
+    _ = options.starter  # a mistake in its flags is told before anything else is done
     found = jobs.devices_for(options)
     data = jobs.prepare(loaded, model)
     plan = jobs.plan_job(

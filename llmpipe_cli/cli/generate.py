@@ -56,7 +56,7 @@ def generate(
     ] = None,
     output_dir: OutputDirOption = Path("runs"),
     devices: DevicesOption = None,
-    launcher: LauncherOption = "local",
+    launcher: LauncherOption = None,
     env: EnvOption = None,
     grace_seconds: GraceOption = DEFAULT_GRACE_SECONDS,
     dry_run: DryRunOption = False,
@@ -65,7 +65,7 @@ def generate(
     """Go on from prompts with a model that is split over pipeline stages."""
     options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, jobs.read_environment(env), grace_seconds)
     texts = _read_prompts(prompt or [], prompts)
-    jobs.make_launcher(options.launcher)
+    _ = options.starter  # a mistake in its flags is told before anything else is done
 
     from llmpipe_cli.cli.models import find_model
 

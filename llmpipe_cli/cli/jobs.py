@@ -12,12 +12,14 @@ import os
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmpipe_cli.cli import console
+from llmpipe_cli.cli.launchers import ClusterFlags, make_launcher
 from llmpipe_cli.cli.signals import StopSignals
 from llmpipe_cli.cluster.launchers.base import Job, Launcher, LaunchSpec
 from llmpipe_cli.cluster.outcome import Outcome
@@ -42,11 +44,17 @@ class LaunchOptions:
     """Flags of every command that starts ranks."""
 
     devices: int | None
-    launcher: str
+    launcher: str | None
     dry_run: bool
     as_json: bool
     environment: dict[str, str]
     grace_seconds: float
+    cluster: ClusterFlags = field(default_factory=ClusterFlags)
+
+    @cached_property
+    def starter(self) -> Launcher:
+        """The launcher: one for all that a command does, since it may hold connections."""
+        return make_launcher(self.launcher, self.cluster)
 
 
 @dataclass(frozen=True)
@@ -145,32 +153,17 @@ def _is_other_tokenizer(directory: str | None, checkpoint: Path) -> bool:
 
 
 def devices_for(options: LaunchOptions) -> Devices:
-    """The devices to plan for; warnings about them are printed.
+    """The devices to plan for; warnings about them are printed. A dry run reaches no node.
 
     Raises:
-        PreflightError: more accelerators are asked for than there are.
+        PreflightError: more accelerators are asked for than there are, or a node cannot be used.
     """
-    from llmpipe_cli.cluster.devices import local_devices
-
-    devices = local_devices(options.devices)
+    launcher = options.starter
+    with console.working("reaching the nodes") if launcher.name != "local" else nullcontext():
+        devices = launcher.planned_devices(options.devices) if options.dry_run else launcher.devices(options.devices)
     if devices.warning:
         console.say(f"warning: {devices.warning}", "yellow")
     return devices
-
-
-def make_launcher(name: str) -> Launcher:
-    """The launcher of this name.
-
-    Raises:
-        UsageError: there is no such launcher.
-    """
-    if name == "local":
-        from llmpipe_cli.cluster.launchers.local import LocalLauncher
-
-        return LocalLauncher()
-    planned = ("ssh", "deepspeed", "slurm", "kubernetes")
-    message = "not available in this version" if name in planned else "not a launcher"
-    raise UsageError(f"'{name}' is {message}", where="--launcher", hint="use --launcher local")
 
 
 def plan_job(
@@ -237,7 +230,7 @@ def run_plan(plan: Plan, loaded: LoadedRecipe | None, output_dir: Path, options:
     """
     from llmpipe_cli.report.tables import progress_of
 
-    launcher = make_launcher(options.launcher)
+    launcher = options.starter
     if options.dry_run:
         _print_dry_run(plan, launcher, output_dir, options)
         return None
@@ -308,7 +301,17 @@ def _spec(plan: Plan, run: RunDirectory, options: LaunchOptions) -> LaunchSpec:
         device=plan.device,
         grace_seconds=options.grace_seconds,
         environment=options.environment,
+        inputs=_inputs(plan),
     )
+
+
+def _inputs(plan: Plan) -> tuple[Path, ...]:
+    """Folders that the ranks read."""
+    data, training = plan.data or {}, plan.training
+    splits = [data.get(name) or {} for name in ("train", "validation")]
+    folders = [split.get("directory") for split in splits] + [data.get("tokenizer_dir"), plan.weights]
+    folders += [plan.adapter_weights, training.resume_from if training is not None else None]
+    return tuple(Path(folder) for folder in dict.fromkeys(folders) if folder and Path(folder).is_dir())
 
 
 def _print_dry_run(plan: Plan, launcher: Launcher, output_dir: Path, options: LaunchOptions) -> None:
@@ -321,7 +324,12 @@ def _print_dry_run(plan: Plan, launcher: Launcher, output_dir: Path, options: La
     config = deepspeed_config(plan)
     if options.as_json:
         nodes = [
-            {"host": command.host, "argv": list(command.argv), "environment": command.shown_environment()}
+            {
+                "host": command.host,
+                "argv": list(command.argv),
+                "environment": command.shown_environment(),
+                "via": list(command.via),
+            }
             for command in commands
         ]
         layout = plan.layout.model_dump() | {
@@ -340,7 +348,7 @@ def _print_dry_run(plan: Plan, launcher: Launcher, output_dir: Path, options: La
     for command in commands:
         lines += ["", f"on {command.host}:"]
         lines += [f"  {key}={value}" for key, value in command.shown_environment().items()]
-        lines.append("  " + shlex.join(command.argv))
+        lines += ["  " + shlex.join(argv) for argv in (command.via, command.argv) if argv]
     lines += ["", "DeepSpeed config:", json.dumps(config, indent=2)]
     console.stdout().print("\n".join(lines), markup=False, soft_wrap=True)
 

@@ -18,7 +18,24 @@ DevicesOption = Annotated[
     int | None,
     typer.Option("--devices", metavar="N", help="Devices to use; all accelerators, or up to two cores, by default."),
 ]
-LauncherOption = Annotated[str, typer.Option("--launcher", metavar="NAME", help="How ranks are started: local.")]
+LauncherOption = Annotated[
+    str | None,
+    typer.Option("--launcher", metavar="NAME", help="How ranks are started: local, ssh; by default what fits."),
+]
+LauncherOptionOption = Annotated[
+    list[str] | None,
+    typer.Option("--launcher-option", metavar="KEY=VALUE", help="Setting of the launcher, see the README; repeatable."),
+]
+HostfileOption = Annotated[
+    Path | None, typer.Option("--hostfile", metavar="FILE", help="Nodes to run on, a line each: NAME slots=N.")
+]
+IncludeOption = Annotated[
+    str | None,
+    typer.Option("--include", metavar="NODES", help="Only these nodes and devices: node-1@node-2:0,2."),
+]
+ExcludeOption = Annotated[
+    str | None, typer.Option("--exclude", metavar="NODES", help="All nodes and devices but these: node-3@node-4:7.")
+]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print the command, its environment and the DeepSpeed config; start nothing.")
 ]

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmpipe_cli.cli import console, jobs
+from llmpipe_cli.cli.launchers import ClusterFlags
 from llmpipe_cli.cli.options import (
     DEFAULT_GRACE_SECONDS,
     DevicesOption,
     DryRunOption,
     EnvOption,
+    ExcludeOption,
     GraceOption,
+    HostfileOption,
+    IncludeOption,
     JsonOption,
     LauncherOption,
+    LauncherOptionOption,
     RecipeArgument,
     SetOption,
 )
@@ -57,7 +63,11 @@ def train(
     resume: ResumeOption = None,
     stop_at: StopAtOption = None,
     devices: DevicesOption = None,
-    launcher: LauncherOption = "local",
+    hostfile: HostfileOption = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    launcher: LauncherOption = None,
+    launcher_option: LauncherOptionOption = None,
     env: EnvOption = None,
     grace_seconds: GraceOption = DEFAULT_GRACE_SECONDS,
     dry_run: DryRunOption = False,
@@ -67,7 +77,8 @@ def train(
 
     Ctrl-C once saves and stops (exit code 75, go on with --resume auto); twice stops at once.
     """
-    options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, jobs.read_environment(env), grace_seconds)
+    environment, cluster = jobs.read_environment(env), ClusterFlags(hostfile, include, exclude, launcher_option or ())
+    options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, environment, grace_seconds, cluster)
     _train(jobs.load(recipe, set_ or [], "train"), resume, stop_at, options)
 
 
@@ -78,7 +89,11 @@ def finetune(
     resume: ResumeOption = None,
     stop_at: StopAtOption = None,
     devices: DevicesOption = None,
-    launcher: LauncherOption = "local",
+    hostfile: HostfileOption = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    launcher: LauncherOption = None,
+    launcher_option: LauncherOptionOption = None,
     env: EnvOption = None,
     grace_seconds: GraceOption = DEFAULT_GRACE_SECONDS,
     dry_run: DryRunOption = False,
@@ -87,7 +102,8 @@ def finetune(
     """Train on from a pretrained model: all its weights, with its own tokenizer."""
     from llmpipe_cli.cli.models import find_model
 
-    options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, jobs.read_environment(env), grace_seconds)
+    environment, cluster = jobs.read_environment(env), ClusterFlags(hostfile, include, exclude, launcher_option or ())
+    options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, environment, grace_seconds, cluster)
     model = find_model(from_, Path("runs"))
     # What is given with --from replaces the recipe's own model and tokenizer; --set comes last and still wins.
     overrides = ["model.config=null", f"model.from={json.dumps(str(model))}", "tokenizer=null", *(set_ or [])]
@@ -95,7 +111,7 @@ def finetune(
 
 
 def _train(loaded: LoadedRecipe, resume: str | None, stop_at: int | None, options: jobs.LaunchOptions) -> None:
-    jobs.make_launcher(options.launcher)
+    launcher = options.starter  # a mistake in its flags is told before anything else is done
     output_dir = Path(loaded.recipe.output_dir)
     checkpoint = None
     if resume is not None:
@@ -103,14 +119,15 @@ def _train(loaded: LoadedRecipe, resume: str | None, stop_at: int | None, option
 
         checkpoint = find_resume(resume, loaded.recipe.name, output_dir)
         console.say(f"goes on from {checkpoint}" if checkpoint else "no checkpoint yet: starts at step 0")
-    devices = jobs.devices_for(options)
-    data = jobs.prepare(loaded, checkpoint)
-    if checkpoint is not None:
-        jobs.warn_of_other_data(data, checkpoint)
-    plan = jobs.plan_job(loaded.recipe, data, devices, job="train", loaded=loaded, checkpoint=checkpoint)
-    if stop_at is not None:
-        plan = plan.stopping_at(stop_at)
-    finished = jobs.run_plan(plan, loaded, output_dir, options)
+    with closing(launcher):
+        devices = jobs.devices_for(options)
+        data = jobs.prepare(loaded, checkpoint)
+        if checkpoint is not None:
+            jobs.warn_of_other_data(data, checkpoint)
+        plan = jobs.plan_job(loaded.recipe, data, devices, job="train", loaded=loaded, checkpoint=checkpoint)
+        if stop_at is not None:
+            plan = plan.stopping_at(stop_at)
+        finished = jobs.run_plan(plan, loaded, output_dir, options)
     if finished is not None:
         _summarise(finished, options)
         raise typer.Exit(finished.exit_code)

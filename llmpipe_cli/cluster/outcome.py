@@ -8,7 +8,7 @@ is gone; what counts is the first failure that has a cause of its own.
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,12 +61,14 @@ class Outcome:
         error: what to show, None for a good end.
         rank: the rank that failed first, None if it was no rank.
         traceback: that rank's traceback or the last lines of its log, None if there is nothing to show.
+        followed: every rank that failed says that another one was gone: the cause lies elsewhere.
     """
 
     exit_code: int
     error: LlmpipeError | None = None
     rank: int | None = None
     traceback: str | None = None
+    followed: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,10 @@ def has_failed(run: RunDirectory, num_ranks: int) -> bool:
     return any(run.rank_error(rank).exists() for rank in range(num_ranks))
 
 
-def vanished_guardians(run: RunDirectory, num_ranks: int) -> list[int]:
+def vanished_guardians(run: RunDirectory, ranks: Iterable[int]) -> list[int]:
     """Ranks on this machine whose guardian is gone without having noted the end: it was killed by SIGKILL itself."""
     vanished = []
-    for rank in range(num_ranks):
+    for rank in ranks:
         record = read_json(run.rank_record(rank))
         if record and "returncode" not in record and not is_running(record["pid"]):
             # Its last act may have come between the two looks.
@@ -118,7 +120,7 @@ def judge(run: RunDirectory, stages: Sequence[int], agent_code: int | None, vani
     failures = [failure for rank in range(num_ranks) if (failure := _failure(run, rank, stages[rank], records))]
     if failures:
         first = min(failures, key=lambda failure: (failure.follower, failure.time))
-        return Outcome(first.error.exit_code, first.error, first.rank, first.traceback)
+        return Outcome(first.error.exit_code, first.error, first.rank, first.traceback, first.follower)
     if len(records) == num_ranks and not any(record["agent_lost"] for record in records.values()):
         stopped = any(record["returncode"] == EXIT_STOPPED for record in records.values())
         return Outcome(EXIT_STOPPED if stopped else 0)

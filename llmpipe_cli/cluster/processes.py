@@ -83,6 +83,26 @@ def kill_marked(variable: str, value: str) -> int:
     return count
 
 
+def kill_commands(mark: str, timeout_seconds: float = 10.0) -> None:
+    """SIGKILL all processes with `mark` in their command line or environment, but this one, until none is left."""
+    end = time.monotonic() + timeout_seconds
+    while time.monotonic() < end:
+        found = [pid for pid in _all_pids() if pid != os.getpid() and _carries(pid, mark.encode())]
+        if not found:
+            return
+        for pid in found:
+            _kill(pid)
+        time.sleep(0.05)
+
+
+def _carries(pid: int, mark: bytes) -> bool:
+    try:
+        process = Path(f"/proc/{pid}")
+        return mark in process.joinpath("cmdline").read_bytes() or mark in process.joinpath("environ").read_bytes()
+    except OSError:
+        return False
+
+
 def _prctl(option: int, value: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)

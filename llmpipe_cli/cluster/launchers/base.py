@@ -11,7 +11,9 @@ import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from llmpipe_cli.cluster.devices import Devices
 from llmpipe_cli.cluster.outcome import Outcome
 from llmpipe_cli.cluster.rank import DEFAULT_WORKER
 from llmpipe_cli.run import RunDirectory
@@ -31,6 +33,7 @@ class LaunchSpec:
         grace_seconds: how long the ranks may take to save and end after a stop is asked for.
         environment: variables to add for the ranks (``--env KEY=VALUE``).
         worker: module each rank runs with the run directory as its only argument.
+        inputs: folders that the ranks read; brought to nodes that do not see them.
     """
 
     run: RunDirectory
@@ -39,6 +42,7 @@ class LaunchSpec:
     grace_seconds: float = 120.0
     environment: Mapping[str, str] = field(default_factory=dict)
     worker: str = DEFAULT_WORKER
+    inputs: tuple[Path, ...] = ()
 
     @property
     def num_ranks(self) -> int:
@@ -53,11 +57,13 @@ class NodeCommand:
         host: the node's name.
         argv: the command line.
         environment: variables set besides the inherited ones.
+        via: the command on this machine that reaches the node; empty when it is this machine.
     """
 
     host: str
     argv: tuple[str, ...]
     environment: Mapping[str, str]
+    via: tuple[str, ...] = ()
 
     def shown_environment(self) -> dict[str, str]:
         """`environment` with the values of secrets masked."""
@@ -94,6 +100,22 @@ class Launcher(ABC):
     name: str
 
     @abstractmethod
+    def devices(self, requested: int | None) -> Devices:
+        """The devices to plan for, all nodes together; a launcher of several nodes reaches and checks them here.
+
+        Args:
+            requested: ``--devices``; None takes all.
+
+        Raises:
+            PreflightError: a node cannot be used.
+            UsageError: `requested` or the choice of nodes makes no sense.
+        """
+
+    def planned_devices(self, requested: int | None) -> Devices:
+        """The devices to plan for as far as they are known without reaching a node; see `devices`."""
+        return self.devices(requested)
+
+    @abstractmethod
     def commands(self, spec: LaunchSpec) -> list[NodeCommand]:
         """Exactly what `start` would run, one command a node."""
 
@@ -104,6 +126,9 @@ class Launcher(ABC):
         Raises:
             NodeError: the processes could not be started.
         """
+
+    def close(self) -> None:  # noqa: B027 (most launchers hold nothing)
+        """Let go of nodes that were reached and not used."""
 
 
 def is_secret(variable: str) -> bool:

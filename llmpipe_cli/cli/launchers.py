@@ -1,0 +1,117 @@
+"""From the flags about where ranks run to a launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmpipe_cli.cli import console
+from llmpipe_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmpipe_cli.cluster.connection import SshOptions
+    from llmpipe_cli.cluster.hostfile import Host
+    from llmpipe_cli.cluster.launchers.base import Launcher
+
+NAMES = ("local", "ssh")
+# Keys of --launcher-option, by launcher, with the type of their values.
+_SSH_OPTIONS: dict[str, type] = {
+    "connect-timeout": int,
+    "node-timeout": float,
+    "ssh-config": Path,
+    "python": str,
+    "master-port": int,
+}
+_OPTIONS: dict[str, dict[str, type]] = {"local": {}, "ssh": _SSH_OPTIONS}
+
+
+@dataclass(frozen=True)
+class ClusterFlags:
+    """Flags about nodes.
+
+    Args:
+        hostfile: the nodes.
+        include: the nodes and devices to take from it.
+        exclude: those to leave out.
+        options: ``--launcher-option`` entries, KEY=VALUE.
+        detach: return as soon as the job is started.
+    """
+
+    hostfile: Path | None = None
+    include: str | None = None
+    exclude: str | None = None
+    options: Sequence[str] = field(default=())
+    detach: bool = False
+
+
+def make_launcher(name: str | None, flags: ClusterFlags | None = None) -> Launcher:
+    """The launcher of this name; without a name, ssh when there is a hostfile and local otherwise.
+
+    Raises:
+        UsageError: there is no such launcher, it lacks a flag, or a flag is wrong.
+    """
+    flags = flags or ClusterFlags()
+    name = name or ("ssh" if flags.hostfile is not None else "local")
+    if name not in NAMES:
+        raise UsageError(f"'{name}' is not a launcher", where="--launcher", hint=f"launchers are {', '.join(NAMES)}")
+    options = _read_options(name, flags.options)
+    if name == "local":
+        from llmpipe_cli.cluster.launchers.local import LocalLauncher
+
+        if flags.hostfile is not None:
+            raise UsageError("the local launcher has no nodes", where=f"--hostfile {flags.hostfile}")
+        return LocalLauncher()
+    from llmpipe_cli.cluster.launchers.ssh import SshLauncher
+
+    return SshLauncher(read_hosts(name, flags), ssh_options(options), port=options.get("master-port"), say=_say)
+
+
+def read_hosts(name: str, flags: ClusterFlags) -> list[Host]:
+    """The chosen nodes of the hostfile.
+
+    Raises:
+        UsageError: there is no hostfile, or it has a mistake.
+    """
+    from llmpipe_cli.cluster.hostfile import read_hostfile, select
+
+    if flags.hostfile is None:
+        raise UsageError(
+            f"the {name} launcher needs to know the nodes", where=f"--launcher {name}", hint="add --hostfile FILE"
+        )
+    return select(read_hostfile(flags.hostfile), flags.include, flags.exclude)
+
+
+def ssh_options(options: Mapping[str, Any]) -> SshOptions:
+    """How nodes are reached."""
+    from llmpipe_cli.cluster.connection import SshOptions
+
+    default = SshOptions()
+    return SshOptions(
+        connect_timeout_seconds=options.get("connect-timeout", default.connect_timeout_seconds),
+        silence_seconds=options.get("node-timeout", default.silence_seconds),
+        config=options.get("ssh-config"),
+        python=options.get("python"),
+    )
+
+
+def _read_options(launcher: str, entries: Sequence[str]) -> dict[str, Any]:
+    known = _OPTIONS[launcher]
+    found: dict[str, Any] = {}
+    for entry in entries:
+        key, equals, value = entry.partition("=")
+        if key not in known or not equals:
+            hint = f"options of {launcher}: {', '.join(known)}" if known else f"{launcher} has no options"
+            raise UsageError(f"'{entry}' is not understood", where="--launcher-option", hint=hint)
+        try:
+            found[key] = known[key](value)
+        except ValueError:
+            raise UsageError(f"'{value}' is not a number", where=f"--launcher-option {entry}") from None
+        if known[key] in (int, float) and found[key] <= 0:
+            raise UsageError(f"{key} has to be more than 0", where=f"--launcher-option {entry}")
+    return found
+
+
+def _say(text: str) -> None:
+    console.say(text, "yellow" if text.startswith("warning") else "")
