@@ -83,7 +83,8 @@ def test_version() -> None:
     [
         (["train", "missing.yaml"], 2, ["missing.yaml"]),
         (["train", "r.yaml", "--set", "train.max_stepz=3"], 2, ["max_stepz", "max_steps"]),
-        (["train", "r.yaml", "--launcher", "slurm"], 2, ["'slurm' is not available", "--launcher local"]),
+        (["train", "r.yaml", "--launcher", "ssh"], 2, ["needs to know the nodes", "--hostfile FILE"]),
+        (["train", "r.yaml", "--hostfile", "r.yaml"], 2, ["r.yaml:1", "is not a port"]),
         (["train", "r.yaml", "--launcher", "bogus"], 2, ["'bogus' is not a launcher"]),
         (["train", "r.yaml", "--env", "NOT_SET_ANYWHERE"], 2, ["NOT_SET_ANYWHERE is not set in this shell"]),
         (["train", "r.yaml", "--resume", "nowhere"], 6, ["nowhere", "there is no checkpoint"]),

@@ -148,7 +148,7 @@ def _is_ipv6(text: str) -> bool:
 
 def _port(text: str, place: str) -> int:
     if not text.isascii() or not text.isdigit() or not 0 < int(text) < 65536:
-        raise UsageError(f"'{text}' is not a port", where=place, hint="ports are 1 to 65535")
+        raise UsageError(f"'{text}' is not a port", where=place, hint=f"ports are 1 to 65535; {_LINE_HINT}")
     return int(text)
 
 

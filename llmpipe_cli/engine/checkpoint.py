@@ -4,12 +4,14 @@ Every stage writes its own weights as safetensors shards under Hugging Face's na
 owns; rank 0 adds config, tokenizer, index, position and manifest, and renames the directory into place when all ranks
 have written and synced. With LoRA the adapters alone are saved, as the one file that peft reads: every stage writes its
 part, rank 0 puts the parts together. All ranks learn of a failure on any of them, so a full disk on one node ends the
-save everywhere, with the earlier checkpoints untouched.
+save everywhere, with the earlier checkpoints untouched. Nodes without shared storage send rank 0 what they wrote
+(`engine.collect`).
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from llmpipe_cli.engine import manifest
+from llmpipe_cli.engine import collect, manifest
 from llmpipe_cli.engine.exchange import gather_json
 from llmpipe_cli.engine.pipeline import Engine
 from llmpipe_cli.engine.state import local_slices, restore, scalars
@@ -48,7 +50,7 @@ def save_checkpoint(
 
     Args:
         engine: the engine after `step` optimizer steps.
-        directory: the run's ``checkpoints`` directory, visible to all ranks.
+        directory: the run's ``checkpoints`` directory; the checkpoint ends up whole in rank 0's, whoever sees it.
         step: optimizer steps done.
         state: position and settings for ``training/state.json``; used on rank 0.
         write_assets: rank 0: writes config and tokenizer files into the given directory.
@@ -64,11 +66,14 @@ def save_checkpoint(
     partial = final.with_name(final.name + manifest.PARTIAL)
     is_first = dist.get_rank() == 0
 
-    def prepare() -> None:
+    def prepare() -> str:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / TRAINING).mkdir(parents=True)
+        token = secrets.token_hex(8)
+        collect.mark(partial, token)
+        return token
 
-    _together(prepare if is_first else None, final)
+    token = _together(prepare if is_first else None, final)[0]
     adapters = engine.adapters
     shards = _own_weight_shards(engine, max_shard_size) if adapters is None else _own_adapters(engine, adapters)
     counts = gather_json(len(shards))
@@ -76,14 +81,16 @@ def save_checkpoint(
 
     def write_own() -> dict[str, Any]:
         files: Files = {}
+        own = collect.own_folder(partial, token)
+        (own / TRAINING).mkdir(exist_ok=True)
         weight_map: dict[str, str] = {}
         for offset, tensors in enumerate(shards):
             name = _shard_name(first_shard + offset, num_shards) if adapters is None else _part_name(dist.get_rank())
-            _save(partial / name, tensors, {"format": "pt"}, files, name)
+            _save(own / name, tensors, {"format": "pt"}, files, name)
             weight_map.update(dict.fromkeys(tensors, name))
-        _write_optimizer(engine, partial, files)
+        _write_optimizer(engine, own, files)
         size = sum(tensor.numel() * tensor.element_size() for tensors in shards for tensor in tensors.values())
-        return {"files": files, "weight_map": weight_map, "bytes": size}
+        return {"files": files, "weight_map": weight_map, "bytes": size, "own": str(own), "away": own != partial}
 
     def remove_partial() -> None:
         if is_first:
@@ -91,11 +98,15 @@ def save_checkpoint(
 
     try:
         written = _together(write_own, final)
+        files, away = [entry["files"] for entry in written], [entry["away"] for entry in written]
+        own = Path(written[dist.get_rank()]["own"])
+        _together(lambda: collect.send_away(own, partial, files, away), final)
     except CheckpointError:
         remove_partial()
         raise
 
     def finish() -> None:
+        collect.unmark(partial)
         files: Files = {}
         for entry in written:
             files.update(entry["files"])
