@@ -30,13 +30,36 @@ class Record(NamedTuple):
     end: float
 
 
+class OpenPiece(NamedTuple):
+    """A piece of work that is not done.
+
+    Attributes:
+        kind: as in Record.
+        micro_batch: as in Record.
+        waiting: it waits for another rank.
+        begin: when it began, by `time.perf_counter`.
+    """
+
+    kind: str
+    micro_batch: int | None
+    waiting: bool
+    begin: float
+
+
+_NOTHING: tuple[str, int | None, int] = ("", None, 0)
+# Pieces that wait for their input before they work, and pieces that are nothing but an exchange with other ranks.
+_WITH_INPUT = frozenset("FBI")
+# (The optimizer exchanges parts of its state under ZeRO.)
+_COLLECTIVES = frozenset(("send", "reduce", "norm", "optimizer", "exchange"))
+
+
 class Recorder:
     """Records the pieces of one step, one after another; pieces do not overlap."""
 
     def __init__(self) -> None:
         self._origin = time.perf_counter()
         self._rows: list[tuple[str, int | None, int, float, float, float]] = []
-        self._open: tuple[str, int | None, int] = ("", None, 0)
+        self._open = _NOTHING
         self._begin = self._start = 0.0
 
     def restart(self) -> None:
@@ -57,6 +80,15 @@ class Recorder:
         """The open piece is done; `waited`: all of it was waiting for others."""
         now = time.perf_counter()
         self._rows.append((*self._open, self._begin, now if waited else self._start, now))
+        self._open = _NOTHING
+
+    def open_piece(self) -> OpenPiece | None:
+        """What this rank is in the middle of; other threads may ask."""
+        kind, micro_batch, *_ = self._open
+        if not kind:
+            return None
+        waiting = kind in _COLLECTIVES or (kind in _WITH_INPUT and self._start == self._begin)
+        return OpenPiece(kind, micro_batch, waiting, self._begin)
 
     def records(self) -> list[Record]:
         """The pieces since `restart`, in order."""

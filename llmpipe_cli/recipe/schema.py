@@ -197,6 +197,9 @@ class TrainSection(Section):
     trainable: list[str] = Field(default_factory=list)
     """Train these parameters only, written as in `freeze`, which takes away from them."""
     early_stopping: EarlyStopping | None = None
+    hang_timeout_seconds: Annotated[float, Field(ge=3.0)] | None = 600.0
+    """How long one piece of a step may take, and a rank may be silent, before the job ends and names it; null: for
+    ever."""
 
 
 class ParallelSection(Section):

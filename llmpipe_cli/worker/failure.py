@@ -12,14 +12,20 @@ from llmpipe_cli.errors import LlmpipeError, RankError
 from llmpipe_cli.run import RunDirectory, write_json
 
 
-def write_failure(run: RunDirectory, rank: int, error: BaseException) -> int:
+def write_failure(run: RunDirectory, rank: int, error: BaseException, stack: str = "") -> int:
     """Write the rank's error file and its traceback to the log.
+
+    Args:
+        run: the run directory.
+        rank: this rank.
+        error: what went wrong.
+        stack: for an error that was never raised: where the rank was.
 
     Returns:
         The exit code: the error's own, or that of a failed rank for any other exception.
     """
     text = "".join(traceback.format_exception(error))
-    print(text, file=sys.stderr, flush=True)
+    print(f"{stack}{text}", file=sys.stderr, flush=True)
     known = error if isinstance(error, LlmpipeError) else None
     exit_code = known.exit_code if known else RankError.exit_code
     stage = os.environ.get("LLMPIPE_STAGE")
@@ -29,7 +35,7 @@ def write_failure(run: RunDirectory, rank: int, error: BaseException) -> int:
         "message": known.message if known else str(error),
         "where": known.where if known else None,
         "hint": known.hint if known else None,
-        "traceback": text,
+        "traceback": text if error.__traceback__ is not None else stack or None,
         "rank": rank,
         "host": socket.gethostname(),
         "time": time.time(),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from llmpipe_cli.worker.evaluation import Evaluator
 from llmpipe_cli.worker.process import Context, config_from_fields, load_stage
 from llmpipe_cli.worker.telemetry import MetricsWriter, peak_memory_bytes
 from llmpipe_cli.worker.trackers import Trackers
+from llmpipe_cli.worker.watchdog import Watchdog
 
 # Validation metrics that get better by falling.
 _LOWER_IS_BETTER = {"loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"}
@@ -101,6 +104,10 @@ class Trainer:
 
     def run(self) -> int:
         """All steps from the start or the checkpoint to the end or a request to stop."""
+        with self._watched():
+            return self._run()
+
+    def _run(self) -> int:
         self._resume()
         self.metrics.event(
             "start",
@@ -132,6 +139,27 @@ class Trainer:
         self.metrics.event("end", step=self.position.step, state="stopped" if requested else "done")
         self.trackers.close()
         return EXIT_STOPPED if requested else 0
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        limit = self.recipe.train.hang_timeout_seconds
+        if limit is None:
+            yield
+            return
+        watchdog = Watchdog(
+            self.context.run,
+            rank=self.context.rank,
+            world_size=dist.get_world_size(),
+            stage=self.context.stage,
+            recorder=self.engine.executor.recorder,
+            step=lambda: self.position.step + 1,
+            limit_seconds=limit,
+        )
+        watchdog.start()
+        try:
+            yield
+        finally:
+            watchdog.stop()
 
     def _resume(self) -> None:
         if self.settings.resume_from is None:
