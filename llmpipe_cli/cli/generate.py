@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,7 +50,24 @@ def generate(
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, metavar="P", help="Draw from the likeliest tokens of this total share.")
     ] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(min=0.01, metavar="X", help="Above 1, tokens that are there already become less likely.")
+    ] = 1.0,
+    beams: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Beam search of this width; by default what the model's files say."),
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End a text where this comes; repeatable.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Decides the random draws.")] = 1234,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts that are computed together.")] = 8,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Keep keys and values of the past on each stage.")
+    ] = True,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write the results here, as JSONL.")
+    ] = None,
     dtype: Annotated[str, typer.Option(metavar="TYPE", help="Number format: fp32, bf16 or fp16.")] = "fp32",
     stages: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Pipeline stages; by default one a device.")
@@ -64,13 +82,13 @@ def generate(
 ) -> None:
     """Go on from prompts with a model that is split over pipeline stages."""
     options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, jobs.read_environment(env), grace_seconds)
-    texts = _read_prompts(prompt or [], prompts)
+    given, file, num_prompts = _find_prompts(prompt or [], prompts)
     _ = options.starter  # a mistake in its flags is told before anything else is done
 
     from llmpipe_cli.cli.models import find_model
 
     found = find_model(model, output_dir)
-    recipe = _recipe(found, dtype, stages)
+    recipe = minimal_recipe(found, dtype, stages, batch_size)
     available = jobs.devices_for(options)
     plan = jobs.plan_job(
         recipe,
@@ -79,16 +97,25 @@ def generate(
         job="generate",
         checkpoint=found,
         options={
-            "prompts": texts,
-            "max_new_tokens": max_new_tokens,
-            "tokenizer": _tokenizer_source(found),
-            "sampling": {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed},
+            "prompts": given,
+            "prompts_file": str(file.resolve()) if file is not None else None,
+            "num_prompts": num_prompts,
+            "tokenizer": tokenizer_source(found),
+            "settings": {"max_new_tokens": max_new_tokens, "num_beams": beams, "use_cache": cache},
+            "sampling": {
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "seed": seed,
+                "repetition_penalty": repetition_penalty,
+            },
+            "stop": stop or [],
         },
     )
     finished = jobs.run_plan(plan, None, output_dir, options)
     if finished is not None:
         if finished.exit_code == 0:
-            _print_result(finished.run, texts, as_json)
+            _finish(finished.run, output, as_json)
         raise typer.Exit(finished.exit_code)
 
 
@@ -100,7 +127,7 @@ def _name(model: Path | str) -> str:
     return name[:80] or "model"
 
 
-def _tokenizer_source(model: Path | str) -> str:
+def tokenizer_source(model: Path | str) -> str:
     """The model itself, or for adapters without a tokenizer the model that they belong to."""
     adapter = read_json(Path(model) / "adapter_config.json")
     if adapter and not (Path(model) / "tokenizer_config.json").is_file():
@@ -108,7 +135,19 @@ def _tokenizer_source(model: Path | str) -> str:
     return str(model)
 
 
-def _recipe(model: Path | str, dtype: str, stages: int | None) -> Any:
+def _is_encoder_decoder(model: Path | str) -> bool:
+    """Whether the model reads one text and writes another; asks the hub about a hub id."""
+    source = tokenizer_source(model) if (Path(model) / "adapter_config.json").is_file() else str(model)
+    config = read_json(Path(source) / "config.json")
+    if config is not None:
+        return bool(config.get("is_encoder_decoder", False))
+    from llmpipe_cli.model.auto import load_config
+    from llmpipe_cli.recipe.schema import ModelSection
+
+    return bool(load_config(ModelSection.model_validate({"from": source}), "causal-lm").is_encoder_decoder)
+
+
+def minimal_recipe(model: Path | str, dtype: str, stages: int | None, batch_size: int = 8) -> Any:
     """The smallest recipe that says what to load and how to split it."""
     from llmpipe_cli.recipe.schema import Recipe
 
@@ -117,60 +156,60 @@ def _recipe(model: Path | str, dtype: str, stages: int | None) -> Any:
     return Recipe.model_validate(
         {
             "name": _name(model),
+            "task": "translation" if _is_encoder_decoder(model) else "causal-lm",
             "model": {"from": str(model), "dtype": dtype},
+            "data": {"sequence_len": 16},  # stages are balanced for single tokens; every model has that many positions
+            "train": {"global_batch_size": batch_size, "micro_batch_size": batch_size},
             "parallel": {"pipeline": stages or "auto", "tensor": 1, "data": 1},
         }
     )
 
 
-def _read_prompts(given: list[str], file: Path | None) -> list[str]:
-    """All prompts, in order.
+def _find_prompts(given: list[str], file: Path | None) -> tuple[list[str], Path | None, int]:
+    """The prompts given as flags or on stdin, the file with more, and how many there are in all.
+
+    A file is read to its end here, so that a bad line is told before anything starts, but it is not kept: the first
+    rank reads it again while the others compute.
 
     Raises:
         UsageError: none at all, or a file that cannot be read.
     """
-    prompts = list(given)
-    if file is not None:
+    from llmpipe_cli.worker.prompts import parse_prompts
+
+    prompts, count = list(given), 0
+    if file is not None and str(file) == "-":
+        prompts += parse_prompts(sys.stdin, file)
+        file = None
+    elif file is not None:
         try:
-            text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+            with file.open(encoding="utf-8") as lines:
+                count = sum(1 for _ in parse_prompts(lines, file))
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"the prompts cannot be read: {error}", where=f"--prompts {file}") from error
-        prompts += _parse_prompts(text, file)
-    if not prompts:
+    if not prompts and not count:
         raise UsageError("there is nothing to go on from", hint='give --prompt "Once upon a time" or --prompts FILE')
-    return prompts
+    return prompts, file, len(prompts) + count
 
 
-def _parse_prompts(text: str, file: Path) -> list[str]:
-    lines = [line for line in text.split("\n") if line.strip()]
-    if file.suffix != ".jsonl":
-        return lines
-    prompts = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+def _finish(run: RunDirectory, output: Path | None, as_json: bool) -> None:
+    """Copy the results to where they are wanted, or print them in the prompts' order."""
+    if not run.generations.is_file():
+        raise RankError("the ranks ended without a result", where=str(run.path), hint=f"see {run.logs}")
+    if output is not None:
         try:
-            prompts.append(str(json.loads(line)["prompt"]))
-        except (ValueError, KeyError, TypeError):
-            message = 'not a JSON object with "prompt"'
-            raise UsageError(message, where=f"{file}:{number}", hint='{"prompt": "..."}') from None
-    return prompts
-
-
-def _print_result(run: RunDirectory, prompts: list[str], as_json: bool) -> None:
-    """The texts in the prompts' order, on stdout."""
-    try:
-        lines = run.generations.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise RankError("the ranks ended without a result", where=str(run.path), hint=f"see {run.logs}") from error
-    results = sorted((json.loads(line) for line in lines), key=lambda result: result["index"])
+            shutil.copyfile(run.generations, output)
+        except OSError as error:
+            raise UsageError(f"the results cannot be copied: {error}", where=f"--output {output}") from error
+    if output is not None and not as_json:
+        console.say(f"written to {output}")
+        return
+    results = [json.loads(line) for line in run.generations.read_text(encoding="utf-8").splitlines()]
     if as_json:
         console.print_json({"run": str(run.path), "generations": results})
         return
     from rich.text import Text
 
     for result in results:
-        prompt = result.get("prompt", prompts[result["index"]])
-        console.stdout().print(Text.assemble((prompt, "bold cyan"), result["text"]), soft_wrap=True)
+        console.stdout().print(Text.assemble((result["prompt"], "bold cyan"), result["text"]), soft_wrap=True)
         if len(results) > 1:
             console.stdout().print(Text("─" * 20, style="dim"))

@@ -1,68 +1,47 @@
-"""Text generation over pipeline stages.
+"""Text generation over pipeline stages: batches of prompts in, new tokens out.
 
-All prompts are decoded together, in micro-batches that follow each other through the stages. Rows are padded on the
-right: under causal attention a token never sees what is behind it, so positions need no correction, and each row's next
-token comes from the logits of its own last token. After every round the last stage tells all ranks the new tokens.
+`Generator` keeps as many batches in flight as there are stages, each with a cache of its own, so that every stage has
+work while the last one's tokens travel back. `generate_hypotheses` is the entry point for other jobs on ranks that are
+already joined; `generate` is a job of its own, from prompts to generations.jsonl.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
-from llmpipe_cli.engine.executor import MicroBatch, StageExecutor
-from llmpipe_cli.engine.schedules import forward_only
+from llmpipe_cli.engine.decoding import PipelineDecoder
+from llmpipe_cli.engine.executor import StageExecutor
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.worker.process import Context, load_stage
-from llmpipe_cli.worker.sampling import GenerationSettings, Sampler, Sampling
+from llmpipe_cli.worker.prompts import PromptReader, ResultWriter
+from llmpipe_cli.worker.sampling import GenerationSettings, Picker, Sampling
 from llmpipe_cli.worker.telemetry import MetricsWriter
 
-_FINISHED = -1
+# Prompts within this many batches are put together by length.
+_BATCHES_TO_SORT = 8
 
 
-@dataclass
-class _Row:
-    """One prompt and what has been generated for it."""
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that are generated for together.
 
-    index: int
-    prompt: str
-    source: list[int]
-    """Prompt tokens."""
-    new: list[int] = field(default_factory=list)
-    finished: bool = False
+    Attributes:
+        indices: number of each prompt.
+        tokens: ids of each prompt; for an encoder-decoder model the encoder's input.
+    """
+
+    indices: list[int]
+    tokens: list[list[int]]
 
 
-def generate(context: Context) -> int:
-    """Continue the plan's prompts; rank 0 writes generations.jsonl. Returns the exit code."""
-    options = context.plan.options
-    tokenizer = AutoTokenizer.from_pretrained(options["tokenizer"])
-    executor = StageExecutor(load_stage(context), context.device)
-    executor.module.eval()
-    rows = _read_prompts(options["prompts"], tokenizer)
-    metrics = MetricsWriter(context.run.metrics if context.is_first else None)
-    metrics.event("start", step=0, max_steps=options["max_new_tokens"], layout=context.plan.layout.model_dump())
-    settings = GenerationSettings(options["max_new_tokens"], 1, Sampling(**options["sampling"]))
-    generator = _Generator(context, executor, settings, context.plan.micro_batch_size)
-    for count in range(options["max_new_tokens"]):
-        active = [row for row in rows if not row.finished]
-        if not active or context.stop.is_set():
-            break
-        generator.extend(active)
-        metrics.event("token", step=count + 1, active=len(active))
-    if context.is_first:
-        with context.run.generations.open("w", encoding="utf-8") as file:
-            for row in rows:
-                text = tokenizer.decode(row.new, skip_special_tokens=True)
-                line = {"index": row.index, "prompt": row.prompt, "text": text, "num_tokens": len(row.new)}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    metrics.event("end", step=len(rows), state="done")
-    return 0
+OnResult = Callable[[Batch, list[list[int]]], None]
 
 
 def generate_hypotheses(
@@ -72,11 +51,13 @@ def generate_hypotheses(
     settings: GenerationSettings,
     *,
     batch_size: int | None = None,
+    generator: Generator | None = None,
 ) -> list[list[int]]:
     """What the model writes for each source: the one way to generate on ranks that are already joined.
 
     For an encoder-decoder model a source is the encoder's input, for others the prompt. All ranks of a replica (the
-    stages of one pipeline) must call this together with the same arguments; replicas are independent of each other.
+    stages of one pipeline) must call this together with the same arguments; replicas are independent of each other
+    once they have a generator.
 
     Args:
         context: the worker's context.
@@ -84,102 +65,217 @@ def generate_hypotheses(
         sources: token ids of each source, special tokens included, without padding.
         settings: greedy search, sampling or beam search.
         batch_size: sources a micro-batch; the plan's by default.
+        generator: one made before, by all ranks of the job together. Making one costs a moment and some hooks in the
+            model, so whoever generates more than once keeps it.
 
     Returns:
         The new token ids of each source, in order and on every rank: without the source, without the decoder's start
         token, and without the end-of-text token and what would follow it.
     """
-    if settings.num_beams not in (None, 1):
-        raise UsageError("beam search is not available yet", where="num_beams")
-    rows = [_Row(index, "", list(source)) for index, source in enumerate(sources)]
-    generator = _Generator(context, executor, settings, batch_size or context.plan.micro_batch_size)
+    generator = generator or Generator(context, executor)
     was_training = executor.module.training
     executor.module.eval()
-    for _ in range(settings.max_new_tokens):
-        active = [row for row in rows if not row.finished]
-        if not active:
-            break
-        generator.extend(active)
+    results: dict[int, list[int]] = {}
+
+    def keep(batch: Batch, new: list[list[int]]) -> None:
+        results.update(zip(batch.indices, new, strict=True))
+
+    numbered = [(index, list(source)) for index, source in enumerate(sources)]
+    generator.run(generator.batches(numbered, batch_size or context.plan.micro_batch_size), settings, keep)
     executor.module.train(was_training)
-    return [row.new for row in rows]
+    return [results[index] for index in range(len(sources))]
 
 
-class _Generator:
+class Generator:
+    """Generates with the model whose stages this job's ranks hold. Made by all ranks of the job together.
+
+    Args:
+        context: the worker's context.
+        executor: runs this rank's stage.
+        should_stop: see `PipelineDecoder`.
+
+    Attributes:
+        decoder: the stages as one model.
+    """
+
     def __init__(
-        self, context: Context, executor: StageExecutor, settings: GenerationSettings, batch_size: int
+        self, context: Context, executor: StageExecutor, should_stop: Callable[[], bool] | None = None
     ) -> None:
-        self._executor, self._device = executor, context.device
-        self._stages = context.plan.layout.pipeline
-        self._stage = context.stage
-        self._batch_size = batch_size
-        self._last_rank = dist.get_world_size() - 1
-        config = executor.module.skeleton.config
-        self._start_token = int(config.decoder_start_token_id) if config.is_encoder_decoder else -1
-        self._is_encoder_decoder = config.is_encoder_decoder
-        self._max_positions = getattr(config, "max_position_embeddings", None)
-        self._pad = config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else 0
-        ends = executor.module.skeleton.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        self._end_tokens = {token for token in ends if token is not None}
-        self._sampler = Sampler(settings.sampling)
+        self.decoder = PipelineDecoder(executor.module, context.device, should_stop)
+        self._device = context.device
+        model = self.decoder.model
+        self._config = _generation_config(model, context.plan.weights)
+        self._max_positions = getattr(model.config, "max_position_embeddings", None)
+        # Recurrent states have no mask, and positions that a model counts itself would count the padding.
+        takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
+        uncached = self.decoder.uncached is not None
+        self._equal_lengths = not self.decoder.is_encoder_decoder and (uncached or not takes_positions)
+        pad = self._config.pad_token_id
+        self._pad = pad if pad is not None else min(self._end_tokens(), default=0)
 
-    def extend(self, rows: list[_Row]) -> None:
-        """Add one token to each row; marks rows that are finished."""
-        groups = [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
-        batches = [MicroBatch(index, self._inputs(group), 0) for index, group in enumerate(groups)]
-        tokens = torch.full((len(rows),), _FINISHED, dtype=torch.int64)
+    def batches(self, numbered: Iterable[tuple[int, list[int]]], size: int) -> Iterator[Batch]:
+        """Batches of up to `size` prompts, similar lengths together; of equal length where the model needs that."""
+        window: list[tuple[int, list[int]]] = []
+        for item in numbered:
+            window.append(item)
+            if len(window) == size * _BATCHES_TO_SORT:
+                yield from self._cut(window, size)
+                window = []
+        yield from self._cut(window, size)
 
-        def draw(position: int, output: Any) -> None:
-            for offset, row in enumerate(groups[position]):
-                logits = output.logits[offset, self._length(row) - 1]
-                number = position * self._batch_size + offset
-                tokens[number] = self._sampler.next_token(logits, row.index, len(row.new))
+    def run(
+        self,
+        batches: Iterator[Batch],
+        settings: GenerationSettings,
+        on_result: OnResult,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        streamer: Any = None,
+        cache: Any = None,
+    ) -> None:
+        """Generate for all batches, several at a time.
 
-        with torch.no_grad():
-            order = forward_only(self._stage, self._stages, len(batches))
-            self._executor.run(order, batches, on_output=draw)
-        tokens = tokens.to(self._device)
-        dist.broadcast(tokens, self._last_rank)
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            if token in self._end_tokens:
-                row.finished = True
-                continue
-            row.new.append(token)
-            row.finished = self._max_positions is not None and self._length(row) >= self._max_positions
+        Args:
+            batches: the same on every rank of the replica.
+            settings: how to generate.
+            on_result: gets each batch with the new tokens of its prompts, as batches end.
+            tokenizer: needed for `settings.stop`.
+            streamer: gets the tokens of a single batch as they come (transformers' streamer).
+            cache: a cache that holds the beginning of a single prompt, to go on from.
+        """
 
-    def _length(self, row: _Row) -> int:
-        """Tokens of the sequence that grows."""
-        return 1 + len(row.new) if self._is_encoder_decoder else len(row.source) + len(row.new)
+        def work() -> None:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
+            while not self.decoder.stopping and (batch := next(batches, None)) is not None:
+                on_result(batch, self._generate(batch, settings, tokenizer, streamer, cache))
 
-    def _inputs(self, rows: list[_Row]) -> dict[str, torch.Tensor]:
-        if not self._is_encoder_decoder:
-            return self._padded([row.source + row.new for row in rows], "input_ids", "attention_mask")
-        inputs = self._padded([row.source for row in rows], "input_ids", "attention_mask")
-        growing = [[self._start_token, *row.new] for row in rows]
-        inputs.update(self._padded(growing, "decoder_input_ids", "decoder_attention_mask"))
-        return inputs
+        self.decoder.stopping = False
+        self.decoder.turns.run([work] * self.decoder.num_stages)
 
-    def _padded(self, sequences: list[list[int]], name: str, mask_name: str) -> dict[str, torch.Tensor]:
-        longest = max(map(len, sequences))
-        ids = torch.full((len(sequences), longest), self._pad, dtype=torch.int64)
+    def _cut(self, window: list[tuple[int, list[int]]], size: int) -> Iterator[Batch]:
+        current: list[tuple[int, list[int]]] = []
+        for item in sorted(window, key=lambda numbered: len(numbered[1])):
+            other_length = self._equal_lengths and current and len(current[0][1]) != len(item[1])
+            if current and (len(current) == size or other_length):
+                yield Batch([index for index, _ in current], [tokens for _, tokens in current])
+                current = []
+            current.append(item)
+        if current:
+            yield Batch([index for index, _ in current], [tokens for _, tokens in current])
+
+    @torch.no_grad()
+    def _generate(
+        self, batch: Batch, settings: GenerationSettings, tokenizer: Any, streamer: Any, cache: Any
+    ) -> list[list[int]]:
+        """The new tokens of one batch."""
+        decoder = self.decoder
+        ids, mask = self._padded(batch.tokens)
+        prompt_len = 1 if decoder.is_encoder_decoder else ids.shape[1]
+        options = settings.options()
+        if settings.use_cache and decoder.num_stages > 1:
+            options["past_key_values"] = cache if cache is not None else decoder.new_cache()
+            options["use_cache"] = options["past_key_values"] is not None
+        if settings.stop:
+            options |= {"stop_strings": list(settings.stop), "tokenizer": tokenizer}
+        view = decoder.view(self._config)
+        view.pick_with(Picker(settings.sampling, batch.indices), prompt_len)
+        sequences = view.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=self._room(settings.max_new_tokens, prompt_len, batch),
+            stopping_criteria=[_Stopped(decoder)],
+            streamer=streamer,
+            pad_token_id=self._pad,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+        return [self._without_end(row) for row in sequences[:, prompt_len:].tolist()]
+
+    def _room(self, max_new_tokens: int, prompt_len: int, batch: Batch) -> int:
+        """New tokens that the model has positions for, at most `max_new_tokens`."""
+        if self._max_positions is None or self._max_positions < 0:
+            return max_new_tokens
+        if prompt_len >= self._max_positions:
+            raise UsageError(
+                f"the prompt has {prompt_len} tokens, the model {self._max_positions} positions",
+                where=f"prompt {max(zip(map(len, batch.tokens), batch.indices, strict=True))[1]}",
+            )
+        return min(max_new_tokens, self._max_positions - prompt_len)
+
+    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask [rows, longest]: prompts end together, encoder inputs begin together."""
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), self._pad, dtype=torch.int64)
         mask = torch.zeros_like(ids)
-        for number, sequence in enumerate(sequences):
-            ids[number, : len(sequence)] = torch.tensor(sequence)
-            mask[number, : len(sequence)] = 1
-        inputs = {name: ids.to(self._device)}
-        if not bool(mask.all()):
-            inputs[mask_name] = mask.to(self._device)
-        return inputs
+        for number, row in enumerate(rows):
+            place = slice(0, len(row)) if self.decoder.is_encoder_decoder else slice(longest - len(row), longest)
+            ids[number, place] = torch.tensor(row)
+            mask[number, place] = 1
+        return ids.to(self._device), mask.to(self._device)
+
+    def _end_tokens(self) -> set[int]:
+        ends = self._config.eos_token_id
+        return set(ends) if isinstance(ends, list) else {ends} - {None}
+
+    def _without_end(self, row: list[int]) -> list[int]:
+        """The tokens up to the end-of-text token; without the padding behind a row that ended before the others."""
+        ends = self._end_tokens()
+        length = next((place for place, token in enumerate(row) if token in ends), None)
+        if length is None:
+            length = len(row)
+            while length and row[length - 1] == self._pad:
+                length -= 1
+        return row[:length]
 
 
-def _read_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[_Row]:
-    rows = []
-    for index, prompt in enumerate(prompts):
-        tokens = tokenizer(prompt)["input_ids"]
-        if not tokens:
-            start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-            if start is None:
-                raise UsageError(f"prompt {index} is empty and the tokenizer has no token to begin with")
-            tokens = [start]
-        rows.append(_Row(index, prompt, list(tokens)))
-    return rows
+class _Stopped(StoppingCriteria):
+    """Ends a batch when a stop was asked for."""
+
+    def __init__(self, decoder: PipelineDecoder) -> None:
+        self._decoder = decoder
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        return torch.full((len(input_ids),), self._decoder.stopping, dtype=torch.bool, device=input_ids.device)
+
+
+def _generation_config(model: Any, weights: str | None) -> GenerationConfig:
+    """The model's own defaults: generation_config.json beside its weights, or what its config says."""
+    if weights is not None and (Path(weights) / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(weights)
+    return model.generation_config
+
+
+def generate(context: Context) -> int:
+    """Go on from the plan's prompts; rank 0 writes generations.jsonl. Returns the exit code."""
+    options = context.plan.options
+    tokenizer = AutoTokenizer.from_pretrained(options["tokenizer"])
+    executor = StageExecutor(load_stage(context), context.device)
+    executor.module.eval()
+    generator = Generator(context, executor, context.stop.is_set)
+    settings = GenerationSettings(
+        **{**options["settings"], "sampling": Sampling(**options["sampling"]), "stop": tuple(options.get("stop", ()))}
+    )
+    metrics = MetricsWriter(context.run.metrics if context.is_first else None)
+    metrics.event("start", step=0, max_steps=None, layout=context.plan.layout.model_dump())
+    if generator.decoder.uncached and settings.use_cache and context.plan.layout.pipeline > 1:
+        metrics.event("warning", message=f"{generator.decoder.uncached}: every token computes its whole prefix")
+    writer = ResultWriter(context.run.generations if context.is_first else None, tokenizer, settings.stop)
+    reader = PromptReader(
+        options if context.is_first else None,
+        tokenizer,
+        lambda prompts: generator.batches(prompts, context.plan.micro_batch_size),
+    )
+    done = 0
+
+    def finish(batch: Batch, new: list[list[int]]) -> None:
+        nonlocal done
+        done += len(new)
+        if context.is_first:
+            writer.add(zip(batch.indices, map(reader.text, batch.indices), new, strict=True))
+        metrics.event("progress", name="generating", done=done, total=options.get("num_prompts"))
+
+    with writer, reader:
+        generator.run(reader.batches(), settings, finish, tokenizer=tokenizer)
+    computed = generator.decoder.num_computed_tokens
+    metrics.event("end", step=done, state="done", num_computed_tokens=computed)
+    return 0

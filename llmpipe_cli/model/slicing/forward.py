@@ -78,7 +78,7 @@ class ForwardPass:
     num_tokens: int
 
 
-def run_forward(model: PreTrainedModel, inputs: dict[str, Tensor]) -> ForwardPass:
+def run_forward(model: PreTrainedModel, inputs: dict[str, Any]) -> ForwardPass:
     """Run the forward once and note all layer calls, module calls and parameter uses."""
     layers = find_layers(model)
     names = {id(model.get_submodule(name)): name for name in layers}

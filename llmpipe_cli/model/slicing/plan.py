@@ -10,7 +10,7 @@ one) and the *side* values (results of earlier modules that a later segment uses
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from llmpipe_cli.model.slicing.structure import Path
@@ -127,6 +127,32 @@ class SlicePlan:
             batch * (segment.flops_per_token * sequence_len + segment.flops_per_token_squared * sequence_len**2)
             for segment in self.segments
         ]
+
+    def first_stack(self) -> SlicePlan:
+        """The plan of what comes before a second stack of layers: an encoder-decoder model's encoder.
+
+        Raises:
+            ValueError: there is only one stack.
+        """
+        middle = self.middle
+        calls = tuple(call for call in self.calls if call.segment < middle)
+        sides = tuple(replace(side, last=min(side.last, middle)) for side in self.sides if side.first < middle)
+        return replace(
+            self,
+            segments=self.segments[: middle + 1],
+            boundaries=self.boundaries[:middle],
+            calls=calls,
+            sides=sides,
+        )
+
+    @property
+    def middle(self) -> int:
+        """The segment between two stacks of layers.
+
+        Raises:
+            ValueError: there is only one stack.
+        """
+        return [segment.kind for segment in self.segments].index("mid")
 
     def sides_at(self, boundary: int) -> list[SideValue]:
         """The side values that cross `boundary` (0 to S; none at the two ends), in carry order."""

@@ -46,6 +46,7 @@ class StageReplay:
         plan: its slice plan.
         start: first segment of the stage.
         stop: the segment after its last.
+        forward: what a call runs instead of the model's own forward: a part of it, such as its encoder.
 
     Attributes:
         seed_fn: called with a draw index whenever the randomness of another part begins. The index depends on the
@@ -53,13 +54,21 @@ class StageReplay:
             layer. Seeding by (seed, step, micro-batch, index) makes dropout independent of the layout.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: SlicePlan, start: int, stop: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: SlicePlan,
+        start: int,
+        stop: int,
+        forward: Callable[..., Any] | None = None,
+    ) -> None:
         if not 0 <= start < stop <= plan.num_segments:
             raise ValueError(f"stage [{start}, {stop}) of {plan.num_segments} segments")
         self.model = model
         self.plan = plan
         self.start = start
         self.stop = stop
+        self._forward = forward or model
         self.seed_fn: SeedFunction | None = None
         self._start_boundary = plan.boundaries[start - 1] if start else None
         self._stop_boundary = plan.boundaries[stop - 1] if stop < plan.num_segments else None
@@ -101,12 +110,12 @@ class StageReplay:
         self._module_calls.clear()
         self._live = self._start_boundary is None
         if self._options is None:
-            self._options = forward_options(self.model, inputs)
+            self._options = forward_options(self.model, inputs) if self._forward is self.model else {}
         self._running = True
         try:
             if self._live:
                 self._seed(0)
-            output = self.model(**inputs, **self._options)
+            output = self._forward(**inputs, **self._options)
         except _StageEnd as end:
             return end.carry
         finally:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.model.auto import example_inputs
@@ -33,14 +35,15 @@ class NotSliceableError(UsageError):
     """The model cannot be cut into stages; it can still be trained on one."""
 
 
-def trace(model: PreTrainedModel, inputs: dict[str, Tensor]) -> SlicePlan:
+def trace(model: PreTrainedModel, inputs: dict[str, Any]) -> SlicePlan:
     """Find the slice plan of a model.
 
     The parameters of `model` may be real or on the meta device; buffers must be real.
 
     Args:
         model: a transformers model with a head that computes a loss.
-        inputs: keyword arguments of its forward, labels among them; int64 [batch, sequence_len] each.
+        inputs: keyword arguments of its forward, labels among them; int64 [batch, sequence_len] each (of a decoder
+            alone, all but the encoder's outputs).
 
     Raises:
         NotSliceableError: the model cannot be sliced; the message says why.
@@ -84,24 +87,47 @@ def trace_config(
     model = build_skeleton(cls, config, attn_implementation=attention)
     if sequence_len is not None:
         _check_length(model, sequence_len)
-    inputs = example_inputs(config, task, 2, min(_TRACE_LEN, _max_positions(config)))
+    plan = _trace_skeleton(model, example_inputs(config, task, 2, min(_TRACE_LEN, _max_positions(config))))
+    return _count_operations(
+        model, plan, config, task, min(sequence_len or _MAX_COUNTED_LEN, _MAX_COUNTED_LEN, _max_positions(config))
+    )
+
+
+def trace_decoder(cls: type[PreTrainedModel], config: PreTrainedConfig) -> SlicePlan:
+    """The slice plan of an encoder-decoder model's decoder, given what the encoder made as an input.
+
+    Its segments are "pre" (the decoder's embedding), the decoder's layers and "post": those of the whole model's plan
+    from "mid" on.
+
+    Raises:
+        NotSliceableError, UsageError: as `trace_config`.
+    """
+    model = build_skeleton(cls, config)
+    inputs: dict[str, Any] = example_inputs(config, "translation", 2, min(_TRACE_LEN, _max_positions(config)))
+    ids = inputs.pop("input_ids")
+    width = config.get_text_config(encoder=True).hidden_size
+    states = torch.zeros(*ids.shape, width, dtype=model.dtype)
+    outputs = BaseModelOutput(last_hidden_state=states)
+    return _trace_skeleton(model, {"decoder_input_ids": ids, **inputs, "encoder_outputs": outputs})
+
+
+def _trace_skeleton(model: PreTrainedModel, inputs: dict[str, Any]) -> SlicePlan:
+    """`trace` on parameters without values; where the forward cannot do without, on zeros."""
     try:
-        plan = trace(model, inputs)
+        return trace(model, inputs)
     except UsageError:
         raise
     except Exception as error:  # model code can fail in any way when values are missing
-        logger.info("tracing %s without values failed (%s); using zeros", cls.__name__, error)
+        name = type(model).__name__
+        logger.info("tracing %s without values failed (%s); using zeros", name, error)
         _fill_with_zeros(model)
         try:
-            plan = trace(model, inputs)
+            return trace(model, inputs)
         except UsageError:
             raise
         except Exception as second:
             reason = " ".join(str(second).split())
-            raise UsageError(f"the forward of {cls.__name__} fails: {type(second).__name__}: {reason}") from second
-    return _count_operations(
-        model, plan, config, task, min(sequence_len or _MAX_COUNTED_LEN, _MAX_COUNTED_LEN, _max_positions(config))
-    )
+            raise UsageError(f"the forward of {name} fails: {type(second).__name__}: {reason}") from second
 
 
 def whole_plan(cls: type[PreTrainedModel], config: PreTrainedConfig) -> SlicePlan:
