@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 TESTS ?= tests
-BENCH ?= --launches 3 --rounds 8 --output docs/benchmarks.md
+BENCH ?= --output docs/benchmarks.md
 
 .PHONY: help install demo test lint format bench clean
 .DEFAULT_GOAL := help

@@ -2,7 +2,8 @@
 
 ``python -m torch.distributed.run ... benchmarks/rank.py FOLDER`` reads FOLDER/launch.json and writes
 FOLDER/seconds.json: for each system and round the seconds from a barrier before to a barrier after its step, and the
-processor seconds that both ranks spent in it (`cpu`), which a busy machine changes less.
+processor seconds that both ranks spent in it (`cpu`), which a busy machine changes less. Systems that are not in
+`always` take part in every `every`-th round; their other rounds are null.
 """
 
 from __future__ import annotations
@@ -30,19 +31,25 @@ def main() -> None:
     deepspeed.utils.logger.setLevel(logging.WARNING)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, dist_init_required=True)
     rank, work, names = dist.get_rank(), Work(**launch["work"]), launch["systems"]
-    systems = {name: build(name, work, rank, folder) for name in names}
-    wall: dict[str, list[float]] = {name: [] for name in names}
-    cpu: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(launch["warmup"] + launch["rounds"]):
+    # DeepSpeed remembers the process grid of its last engine; data parallelism has to find none.
+    building = sorted(names, key=lambda name: name != "deepspeed-data")
+    systems = {name: build(name, work, rank, folder) for name in building}
+    wall: dict[str, list[float | None]] = {name: [] for name in names}
+    cpu: dict[str, list[float | None]] = {name: [] for name in names}
+    for turn in range(-launch["warmup"], launch["rounds"]):
         # The order turns round, so that no system always follows the same one.
         for name in names if turn % 2 else reversed(names):
+            if turn > 0 and turn % launch["every"] and name not in launch["always"]:
+                wall[name].append(None)
+                cpu[name].append(None)
+                continue
             dist.barrier()
             started, busy = time.perf_counter(), time.process_time()
             systems[name].step()
             dist.barrier()
             spent = torch.tensor([time.perf_counter() - started, time.process_time() - busy], dtype=torch.float64)
             dist.all_reduce(spent[1:])
-            if turn >= launch["warmup"]:
+            if turn >= 0:
                 wall[name].append(spent[0].item())
                 cpu[name].append(spent[1].item())
     if rank == 0:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
@@ -90,10 +90,11 @@ class Transformers:
     Args:
         work: the work.
         active: whether this rank takes part.
+        threads: threads of its step.
     """
 
-    def __init__(self, work: Work, active: bool) -> None:
-        self.work, self.active = work, active
+    def __init__(self, work: Work, active: bool, threads: int = 1) -> None:
+        self.work, self.active, self.threads = work, active, threads
         self.batches = _batches(work, work.micro_batch_size)
         if active:
             self.model = LlamaForCausalLM(work.config())
@@ -102,12 +103,15 @@ class Transformers:
     def step(self) -> None:
         if not self.active:
             return
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
         for _ in range(self.work.num_micro_batches):
             ids = next(self.batches)
             (self.model(input_ids=ids, labels=ids).loss / self.work.num_micro_batches).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.work.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        torch.set_num_threads(before)
 
 
 class Block(nn.Module):
@@ -180,28 +184,72 @@ class DeepSpeedPipeline:
         self.engine.train_batch(self.pairs)
 
 
-class TorchPipelining:
-    """torch.distributed.pipelining's 1F1B over the same hand-written layers."""
+class DeepSpeedData:
+    """DeepSpeed's data parallelism: a whole model on each rank, which takes every second micro-batch."""
 
-    def __init__(self, work: Work, rank: int, tuned: bool = False) -> None:
-        cut = _cut(work, tuned)
-        mine = _layers(work)[:cut] if rank == 0 else _layers(work)[cut:]
-        stage = PipelineStage(
-            nn.Sequential(*(cls(*args, **options) for cls, args, options in mine)), rank, 2, torch.device("cpu")
+    def __init__(self, work: Work) -> None:
+        model = LlamaForCausalLM(work.config())
+        self.work, self.count = work, work.num_micro_batches // 2
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.AdamW(model.parameters(), work.learning_rate),
+            config={
+                "train_micro_batch_size_per_gpu": work.micro_batch_size,
+                "gradient_accumulation_steps": self.count,
+                "train_batch_size": work.micro_batch_size * work.num_micro_batches,
+                "gradient_clipping": work.max_grad_norm,
+                "steps_per_print": None,
+            },
         )
-        self.work, self.rank = work, rank
-        self.schedule = Schedule1F1B(stage, n_microbatches=work.num_micro_batches, loss_fn=_loss)
-        self.parameters = list(stage.submod.parameters())
+        self.batches = _batches(work, work.micro_batch_size)
+
+    def step(self) -> None:
+        for _ in range(self.count):
+            ids = next(self.batches)
+            self.engine.backward(self.engine(input_ids=ids, labels=ids).loss)
+            self.engine.step()
+
+
+# What torch.distributed.pipelining has: schedule -> its class, and the parts of the model that each rank holds.
+_TORCH_SCHEDULES: dict[str, tuple[type, tuple[list[int], list[int]]]] = {
+    "1f1b": (Schedule1F1B, ([0], [1])),
+    "interleaved": (ScheduleInterleaved1F1B, ([0, 2], [1, 3])),
+    "zbv": (ScheduleZBVZeroBubble, ([0, 3], [1, 2])),
+}
+
+
+class TorchPipelining:
+    """torch.distributed.pipelining over the same hand-written layers."""
+
+    def __init__(self, work: Work, rank: int, schedule: str = "1f1b", tuned: bool = False) -> None:
+        cls, parts = _TORCH_SCHEDULES[schedule]
+        num_parts = len(parts[0]) + len(parts[1])
+        stages = [
+            PipelineStage(self._part(work, part, num_parts, tuned), part, num_parts, torch.device("cpu"))
+            for part in parts[rank]
+        ]
+        self.work, self.has_first, self.has_last = work, 0 in parts[rank], num_parts - 1 in parts[rank]
+        self.schedule = cls(
+            stages[0] if num_parts == 2 else stages, n_microbatches=work.num_micro_batches, loss_fn=_loss
+        )
+        self.parameters = [parameter for stage in stages for parameter in stage.submod.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, work.learning_rate, fused=True if tuned else None)
         self.batches = _batches(work, work.micro_batch_size * work.num_micro_batches)
+
+    @staticmethod
+    def _part(work: Work, part: int, num_parts: int, tuned: bool) -> nn.Module:
+        """Equal numbers of layers in each part; two parts can be cut like the others' two stages."""
+        bounds = [0, *(1 + work.num_layers * cut // num_parts for cut in range(1, num_parts)), work.num_layers + 3]
+        if num_parts == 2:
+            bounds[1] = _cut(work, tuned)
+        layers = _layers(work)[bounds[part] : bounds[part + 1]]
+        return nn.Sequential(*(cls(*args, **options) for cls, args, options in layers))
 
     def step(self) -> None:
         ids = next(self.batches)
         losses: list[torch.Tensor] = []
-        if self.rank == 0:
-            self.schedule.step(ids)
-        else:
-            self.schedule.step(target=ids, losses=losses)
+        targets = {"target": ids, "losses": losses} if self.has_last else {}
+        self.schedule.step(*([ids] if self.has_first else []), **targets)
         # Over all stages, as llmpipe and DeepSpeed do; torch leaves this to the user.
         squared = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]).square()
         dist.all_reduce(squared)
@@ -232,6 +280,10 @@ def build(name: str, work: Work, rank: int, folder: Path) -> System:
         "deepspeed-tuned": lambda: DeepSpeedPipeline(work, tuned=True),
         "torch": lambda: TorchPipelining(work, rank),
         "torch-tuned": lambda: TorchPipelining(work, rank, tuned=True),
+        "torch-interleaved": lambda: TorchPipelining(work, rank, "interleaved"),
+        "torch-zbv": lambda: TorchPipelining(work, rank, "zbv"),
+        "two-threads": lambda: Transformers(work, active=rank == 0, threads=2),
+        "deepspeed-data": lambda: DeepSpeedData(work),
     }
     if name in makers:
         return makers[name]()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sysconfig
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,36 @@ def test_a_directory_that_cannot_be_written_ends_with_6_on_all_ranks(job: Job, p
     assert pool.run(run, 2) == [6, 6]
     error = read_json(run.rank_error(1))
     assert "rank 0 could not write the checkpoint" in error["message"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(job: Job, pool: RankPool) -> None:
+    run = job.start(job.plan(train__max_steps=12, checkpoint={"every_steps": 4}))
+    pool.run_well(run, 2)
+    saved = [line for line in read_metrics(run.metrics) if line.get("event") == "checkpoint"]
+    assert [line["step"] for line in saved] == [4, 8, 12]
+    assert all(0.0 < line["stall_seconds"] < line["seconds"] for line in saved)
+    states = [training_state(run.checkpoint(step)) for step in (4, 8, 12)]
+    assert [state["position"]["step"] for state in states] == [4, 8, 12], "what was copied, not what came later"
+    for step in (4, 8, 12):
+        verify(run.checkpoint(step))
+    resumed = job.train(pool, resume=run.checkpoint(8), train__max_steps=12)
+    assert [line["loss"] for line in steps(resumed)] == [line["loss"] for line in steps(run)][8:]
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.013, 0.031, 0.057])
+def test_kill_9_while_saving_leaves_whole_checkpoints(job: Job, pool: RankPool, delay: float) -> None:
+    """A checkpoint after every step, so that one is always being written when the ranks are killed."""
+    run = job.start(job.plan(train__max_steps=10_000, checkpoint={"every_steps": 1, "keep": 3}))
+    with ThreadPoolExecutor(1) as thread:
+        codes = thread.submit(pool.run, run, 2)
+        while not (run.checkpoints / "latest").is_symlink():
+            time.sleep(0.01)
+        time.sleep(0.3 + delay)
+        for member, _ in pool._members[:2]:
+            member.kill()
+        assert codes.result() == [-1, -1]
+    checkpoint, notice = newest_checkpoint(run.checkpoints)
+    assert notice is None, "latest is whole"
+    step = training_state(checkpoint)["position"]["step"]
+    resumed = job.train(pool, resume=checkpoint, train__max_steps=step + 1)
+    assert [line["step"] for line in steps(resumed)] == [step + 1]

@@ -6,6 +6,8 @@ have written and synced. With LoRA the adapters alone are saved, as the one file
 part, rank 0 puts the parts together. All ranks learn of a failure on any of them, so a full disk on one node ends the
 save everywhere, with the earlier checkpoints untouched. Nodes without shared storage send rank 0 what they wrote
 (`engine.collect`).
+
+Writing starts from a snapshot, so that training can go on meanwhile (`engine.saver`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +41,56 @@ TRAINING = "training"
 Files = dict[str, dict[str, Any]]
 
 
-def save_checkpoint(
-    engine: Engine,
+@dataclass(frozen=True)
+class Snapshot:
+    """Copies, in main memory, of everything that one rank saves.
+
+    Attributes:
+        shards: its weights or adapters under the names of the files' format, one dictionary a file.
+        optimizer: its slices of optimizer state, by ``parameter|key|start``.
+        adapters: whether `shards` hold adapters.
+    """
+
+    shards: list[dict[str, torch.Tensor]]
+    optimizer: dict[str, torch.Tensor]
+    adapters: bool
+
+
+def take_snapshot(engine: Engine, max_shard_size: str) -> Snapshot:
+    """Copy what this rank saves; all ranks call it between the same two steps.
+
+    Args:
+        engine: the engine.
+        max_shard_size: size of one weights file, such as "5GB".
+    """
+    adapters = engine.adapters
+    shards = _own_weight_shards(engine, max_shard_size) if adapters is None else _own_adapters(engine, adapters)
+    copies = [{name: _copy(tensor) for name, tensor in tensors.items()} for tensors in shards]
+    optimizer = {f"{item.parameter}|{item.key}|{item.start}": _copy(item.values) for item in local_slices(engine)}
+    return Snapshot(copies, optimizer, adapters is not None)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def write_checkpoint(
+    snapshot: Snapshot,
     directory: Path,
     step: int,
     state: dict[str, Any],
     write_assets: Callable[[Path], None],
-    max_shard_size: str,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write one checkpoint; called by all ranks.
 
     Args:
-        engine: the engine after `step` optimizer steps.
+        snapshot: what this rank saves, after `step` optimizer steps.
         directory: the run's ``checkpoints`` directory; the checkpoint ends up whole in rank 0's, whoever sees it.
         step: optimizer steps done.
         state: position and settings for ``training/state.json``; used on rank 0.
         write_assets: rank 0: writes config and tokenizer files into the given directory.
-        max_shard_size: size of one weights file, such as "5GB".
+        group: a group of all ranks instead of the default one.
 
     Returns:
         The finished checkpoint.
@@ -73,10 +109,9 @@ def save_checkpoint(
         collect.mark(partial, token)
         return token
 
-    token = _together(prepare if is_first else None, final)[0]
-    adapters = engine.adapters
-    shards = _own_weight_shards(engine, max_shard_size) if adapters is None else _own_adapters(engine, adapters)
-    counts = gather_json(len(shards))
+    token = _together(prepare if is_first else None, final, group)[0]
+    shards, adapters = snapshot.shards, snapshot.adapters
+    counts = gather_json(len(shards), group)
     first_shard, num_shards = sum(counts[: dist.get_rank()]), sum(counts)
 
     def write_own() -> dict[str, Any]:
@@ -85,10 +120,12 @@ def save_checkpoint(
         (own / TRAINING).mkdir(exist_ok=True)
         weight_map: dict[str, str] = {}
         for offset, tensors in enumerate(shards):
-            name = _shard_name(first_shard + offset, num_shards) if adapters is None else _part_name(dist.get_rank())
+            name = _part_name(dist.get_rank()) if adapters else _shard_name(first_shard + offset, num_shards)
             _save(own / name, tensors, {"format": "pt"}, files, name)
             weight_map.update(dict.fromkeys(tensors, name))
-        _write_optimizer(engine, own, files)
+        if snapshot.optimizer:
+            name = f"{TRAINING}/optimizer-{dist.get_rank():05d}.safetensors"
+            _save(own / name, snapshot.optimizer, {}, files, name)
         size = sum(tensor.numel() * tensor.element_size() for tensors in shards for tensor in tensors.values())
         return {"files": files, "weight_map": weight_map, "bytes": size, "own": str(own), "away": own != partial}
 
@@ -97,10 +134,10 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
 
     try:
-        written = _together(write_own, final)
+        written = _together(write_own, final, group)
         files, away = [entry["files"] for entry in written], [entry["away"] for entry in written]
         own = Path(written[dist.get_rank()]["own"])
-        _together(lambda: collect.send_away(own, partial, files, away), final)
+        _together(lambda: collect.send_away(own, partial, files, away, group), final, group)
     except CheckpointError:
         remove_partial()
         raise
@@ -110,7 +147,7 @@ def save_checkpoint(
         files: Files = {}
         for entry in written:
             files.update(entry["files"])
-        if adapters is not None:
+        if adapters:
             _join_parts(partial, files)
         elif num_shards > 1:
             _write_index(partial / INDEX, written)
@@ -132,7 +169,7 @@ def save_checkpoint(
         shutil.rmtree(replaced, ignore_errors=True)
 
     try:
-        _together(finish if is_first else None, final)
+        _together(finish if is_first else None, final, group)
     except CheckpointError:
         remove_partial()
         raise
@@ -244,16 +281,6 @@ def _join_parts(partial: Path, files: Files) -> None:
     _save(partial / WEIGHTS_FILE, dict(sorted(tensors.items())), {"format": "pt"}, files, WEIGHTS_FILE)
 
 
-def _write_optimizer(engine: Engine, partial: Path, files: Files) -> None:
-    tensors = {
-        f"{piece.parameter}|{piece.key}|{piece.start}": piece.values.detach().cpu().contiguous()
-        for piece in local_slices(engine)
-    }
-    if tensors:
-        name = f"{TRAINING}/optimizer-{dist.get_rank():05d}.safetensors"
-        _save(partial / name, tensors, {}, files, name)
-
-
 def _save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], files: Files, name: str) -> None:
     save_file(tensors, path, metadata=metadata)
     manifest.sync_file(path)
@@ -279,7 +306,7 @@ def _write_index(path: Path, written: list[dict[str, Any]]) -> None:
     path.write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _together(work: Callable[[], Any] | None, final: Path) -> list[Any]:
+def _together(work: Callable[[], Any] | None, final: Path, group: dist.ProcessGroup | None) -> list[Any]:
     """Do one phase on the ranks that have work; every rank gets every result, or every rank raises."""
     result, problem = None, None
     try:
@@ -288,7 +315,7 @@ def _together(work: Callable[[], Any] | None, final: Path) -> list[Any]:
         problem = f"{error.strerror or error}: {error.filename or final}"
     except Exception as error:  # safetensors raises its own class when the disk is full
         problem = f"{type(error).__name__}: {error}"
-    outcomes = gather_json({"result": result, "problem": problem})
+    outcomes = gather_json({"result": result, "problem": problem}, group)
     for rank, outcome in enumerate(outcomes):
         if outcome["problem"] is not None:
             raise CheckpointError(

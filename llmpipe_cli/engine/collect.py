@@ -42,7 +42,13 @@ def own_folder(folder: Path, token: str) -> Path:
     return own
 
 
-def send_away(own: Path, folder: Path, files: list[dict[str, dict[str, Any]]], away: list[bool]) -> None:
+def send_away(
+    own: Path,
+    folder: Path,
+    files: list[dict[str, dict[str, Any]]],
+    away: list[bool],
+    group: dist.ProcessGroup | None = None,
+) -> None:
     """Bring the files of all ranks that wrote elsewhere into rank 0's `folder`; called by all ranks.
 
     Args:
@@ -50,6 +56,7 @@ def send_away(own: Path, folder: Path, files: list[dict[str, dict[str, Any]]], a
         folder: rank 0's folder.
         files: by rank, what it wrote: relative path -> `manifest.file_entry`.
         away: by rank, whether it wrote into a folder of its own.
+        group: a group of all ranks instead of the default one.
 
     Raises:
         OSError: rank 0 cannot write, or a file arrived damaged. The other ranks notice nothing.
@@ -60,10 +67,10 @@ def send_away(own: Path, folder: Path, files: list[dict[str, dict[str, Any]]], a
             continue
         for name, entry in entries.items():
             if rank == sender:
-                _send(own / name, entry["bytes"])
+                _send(own / name, entry["bytes"], group)
             elif rank == 0:
                 try:
-                    _receive(folder / name, entry, sender)
+                    _receive(folder / name, entry, sender, group)
                 except OSError as error:
                     problem = problem or error
         if rank == sender:
@@ -72,22 +79,22 @@ def send_away(own: Path, folder: Path, files: list[dict[str, dict[str, Any]]], a
         raise problem
 
 
-def _send(path: Path, num_bytes: int) -> None:
+def _send(path: Path, num_bytes: int, group: dist.ProcessGroup | None) -> None:
     """Send exactly `num_bytes`, so that the receiver never waits."""
     with path.open("rb") as file:
         for start in range(0, num_bytes, _CHUNK_BYTES):
             data = file.read(min(_CHUNK_BYTES, num_bytes - start))
-            dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8).to(_device()), 0)
+            dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8).to(_device(group)), 0, group)
 
 
-def _receive(path: Path, entry: dict[str, Any], sender: int) -> None:
+def _receive(path: Path, entry: dict[str, Any], sender: int, group: dist.ProcessGroup | None) -> None:
     """Receive all of a file, also when it cannot be written, so that the sender never waits."""
     problem: OSError | None = None
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     for start in range(0, entry["bytes"], _CHUNK_BYTES):
-        chunk = torch.empty(min(_CHUNK_BYTES, entry["bytes"] - start), dtype=torch.uint8, device=_device())
-        dist.recv(chunk, sender)
+        chunk = torch.empty(min(_CHUNK_BYTES, entry["bytes"] - start), dtype=torch.uint8, device=_device(group))
+        dist.recv(chunk, sender, group)
         try:
             if problem is None:
                 with path.open("ab") as file:
@@ -101,6 +108,7 @@ def _receive(path: Path, entry: dict[str, Any], sender: int) -> None:
         raise OSError(f"{path.name} arrived damaged from rank {sender}")
 
 
-def _device() -> torch.device:
+def _device(group: dist.ProcessGroup | None) -> torch.device:
     """Where the process group takes tensors from."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    on_device = dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_device else torch.device("cpu")

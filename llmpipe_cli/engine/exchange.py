@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 
-def _device() -> torch.device:
-    if dist.get_backend() == "nccl":
+def _device(group: dist.ProcessGroup | None = None) -> torch.device:
+    if dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
@@ -28,16 +28,16 @@ def broadcast_json(value: Any, source: int = 0) -> Any:
     return value if is_source else json.loads(buffer.cpu().numpy().tobytes())
 
 
-def gather_json(value: Any) -> list[Any]:
-    """The values of all ranks, by rank, on every rank."""
-    device, world = _device(), dist.get_world_size()
+def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """The values of all ranks, by rank, on every rank; over a group of all ranks instead of the default one."""
+    device, world = _device(group), dist.get_world_size()
     data = json.dumps(value).encode()
     sizes = torch.zeros(world, dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(sizes, torch.tensor([len(data)], dtype=torch.int64, device=device))
+    dist.all_gather_into_tensor(sizes, torch.tensor([len(data)], dtype=torch.int64, device=device), group=group)
     largest = int(sizes.max())
     mine = torch.zeros(largest, dtype=torch.uint8, device=device)
     mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
     everything = torch.zeros(world * largest, dtype=torch.uint8, device=device)
-    dist.all_gather_into_tensor(everything, mine)
+    dist.all_gather_into_tensor(everything, mine, group=group)
     rows = everything.view(world, largest).cpu().numpy()
     return [json.loads(row[: int(size)].tobytes()) for row, size in zip(rows, sizes, strict=True)]

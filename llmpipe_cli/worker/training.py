@@ -7,6 +7,7 @@ writes the step's metrics and every rank takes the same decisions: stop, save, e
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,13 +23,14 @@ from llmpipe_cli import __version__
 from llmpipe_cli.data.batches import BatchPlan
 from llmpipe_cli.data.dataset import open_split
 from llmpipe_cli.data.prepared import PreparedData
-from llmpipe_cli.engine.checkpoint import load_training_state, save_checkpoint, training_scalars
+from llmpipe_cli.engine.checkpoint import load_training_state, training_scalars
 from llmpipe_cli.engine.exchange import gather_json
 from llmpipe_cli.engine.executor import MicroBatch
 from llmpipe_cli.engine.learning_rate import learning_rate_curve
 from llmpipe_cli.engine.loss import make_loss
 from llmpipe_cli.engine.manifest import point, remove_old, training_state
 from llmpipe_cli.engine.pipeline import Engine, StepResult
+from llmpipe_cli.engine.saver import Saved, Saver
 from llmpipe_cli.errors import EXIT_STOPPED, CheckpointError, NumericsError
 from llmpipe_cli.model.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from llmpipe_cli.run import write_json
@@ -101,6 +103,8 @@ class Trainer:
         if self.data.validation is not None:
             self.evaluator = Evaluator(context, self.engine.executor, self.task, self.data.validation)
         self.skipped_in_a_row = 0
+        self.saver = Saver()
+        self._assets: dict[str, bytes] = {}  # what `_write_assets` writes, once it is known
 
     def run(self) -> int:
         """All steps from the start or the checkpoint to the end or a request to stop."""
@@ -134,6 +138,7 @@ class Trainer:
             if stopped or last or improved or _is_due(self.position.step, self.recipe.checkpoint.every_steps):
                 self._save(best=improved)
                 saved_step = self.position.step
+        self._report_saved(self.saver.wait())
         assert saved_step == self.position.step or self.position.step == 0
         requested = stopped and self.position.step < self.settings.max_steps and not self._is_stale()
         self.metrics.event("end", step=self.position.step, state="stopped" if requested else "done")
@@ -198,6 +203,9 @@ class Trainer:
             epoch=self.position.step / self.settings.steps_per_epoch if self.settings.steps_per_epoch else 0.0,
         )
         self._check_numbers(loss, result)
+        if any(row["save_failed"] for row in rows):
+            self.saver.wait()  # raises on every rank
+        self._report_saved(self.saver.poll())
         return any(row["stop"] for row in rows)
 
     def _load(self, step: int, position: int) -> MicroBatch:
@@ -219,6 +227,7 @@ class Trainer:
             "data_seconds": data_seconds,
             "memory_bytes": float(peak_memory_bytes(self.context.device)),
             "stop": float(self.context.stop.is_set()),
+            "save_failed": float(self.saver.has_failed),
             "tokens": float(sum(_num_tokens(batch) for batch in batches)) if self.context.stage == 0 else 0.0,
         }
         mine = torch.tensor(list(row.values()), dtype=torch.float64, device=self.context.device)
@@ -254,6 +263,7 @@ class Trainer:
             what = f"the gradient norm is {result.grad_norm}"
         if what is not None:
             self.metrics.event("fault", step=self.position.step, message=what)
+            self._report_saved(self.saver.wait())  # of an earlier step; all ranks end here together
             raise NumericsError(
                 f"{what} at step {self.position.step}",
                 hint="lower train.learning_rate, lengthen the warm-up or clip harder; "
@@ -303,10 +313,11 @@ class Trainer:
         return stopping is not None and self.position.evaluations_without_improvement >= stopping.patience
 
     def _save(self, best: bool) -> None:
-        started = time.perf_counter()
+        """Save in the background, after the save before."""
+        self._report_saved(self.saver.wait())
         directory = self.context.run.checkpoints
         state = {
-            "position": vars(self.position),
+            "position": dict(vars(self.position)),
             "samples": self.position.step * self.recipe.train.global_batch_size,
             "global_batch_size": self.recipe.train.global_batch_size,
             "micro_batch_size": self.plan.micro_batch_size,
@@ -315,23 +326,46 @@ class Trainer:
             "scalars": training_scalars(self.engine),
             "llmpipe": __version__,
         }
-        path = save_checkpoint(
+
+        def finish(path: Path) -> None:
+            if self.context.is_first:
+                if best:
+                    point(directory / "best", path.name)
+                remove_old(directory, self.recipe.checkpoint.keep)
+
+        self.saver.start(
             self.engine,
             directory,
             self.position.step,
             state,
             self._write_assets,
             self.recipe.checkpoint.max_shard_size,
+            finish,
         )
-        if self.context.is_first:
-            if best:
-                point(directory / "best", path.name)
-            remove_old(directory, self.recipe.checkpoint.keep)
-        seconds = time.perf_counter() - started
-        self.metrics.event("checkpoint", step=self.position.step, path=str(path), seconds=seconds)
+
+    def _report_saved(self, saved: Saved | None) -> None:
+        if saved is not None:
+            self.metrics.event(
+                "checkpoint",
+                step=saved.step,
+                path=str(saved.path),
+                seconds=saved.seconds,
+                stall_seconds=saved.stall_seconds,
+            )
 
     def _write_assets(self, directory: Path) -> None:
         """What makes the directory a Hugging Face model besides the weights: config and tokenizer."""
+        if not self._assets:
+            with tempfile.TemporaryDirectory() as folder:
+                self._make_assets(Path(folder))
+                for path in Path(folder).rglob("*"):
+                    if path.is_file():
+                        self._assets[path.relative_to(folder).as_posix()] = path.read_bytes()
+        for name, content in self._assets.items():
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_bytes(content)
+
+    def _make_assets(self, directory: Path) -> None:
         skeleton = self.engine.module.skeleton
         config = config_from_fields(self.plan)
         config.architectures = [self.plan.model_class]
