@@ -69,6 +69,7 @@ def load_config(
     if getattr(config, "quantization_config", None) is not None:
         hint = "start from the unquantised model"
         raise UsageError("quantised checkpoints cannot be trained", where="model.from", hint=hint)
+    config = own_config(config, task)
     text_config = config.get_text_config()
     known_size = getattr(text_config, "vocab_size", None)
     if vocab_size is not None and known_size is not None and known_size < vocab_size:
@@ -220,6 +221,17 @@ def model_class(config: PreTrainedConfig, task: str) -> type[PreTrainedModel]:
         )
     found = auto_class._model_mapping[type(config)]
     return found[0] if isinstance(found, (list, tuple)) else found
+
+
+def own_config(config: PreTrainedConfig, task: str) -> PreTrainedConfig:
+    """The config that the task's class is built from: the text part where transformers' own auto class takes that.
+
+    Composite configs (Llama 4, Qwen 3.5) are registered for a class that models text alone.
+    """
+    text_class = (getattr(config, "sub_configs", None) or {}).get("text_config")
+    if text_class is not None and getattr(model_class(config, task), "config_class", None) is text_class:
+        return config.get_text_config()
+    return config
 
 
 def example_inputs(

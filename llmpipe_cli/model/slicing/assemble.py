@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from llmpipe_cli.model.skeleton import all_names
 from llmpipe_cli.model.slicing.cuts import find_layers
 from llmpipe_cli.model.slicing.forward import ForwardPass
-from llmpipe_cli.model.slicing.plan import LayerCall, Segment, SlicePlan
+from llmpipe_cli.model.slicing.plan import Effect, LayerCall, Segment, SlicePlan
 from llmpipe_cli.model.slicing.walk import Cut, GraphWalk, cut_segments
 
 
@@ -38,7 +38,13 @@ def assemble_plan(model: PreTrainedModel, seen: ForwardPass) -> SlicePlan:
         segments=_segments(model, seen, cuts, owners),
         boundaries=tuple(boundaries),
         calls=tuple(
-            LayerCall(call.module, segment_of[2 * index + 1], call.result) for index, call in enumerate(seen.calls)
+            LayerCall(
+                call.module,
+                segment_of[2 * index + 1],
+                call.result,
+                tuple(Effect(path, value) for path, value in call.effects.items()),
+            )
+            for index, call in enumerate(seen.calls)
         ),
         sides=tuple(walker.sides()),
         layers=tuple(find_layers(model)),

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.model.slicing.cuts import find_glue, find_layers
+from llmpipe_cli.model.slicing.effects import effects_since, mark
 from llmpipe_cli.model.slicing.recorder import AttentionOnMeta, PlaceClock, Recorder
 from llmpipe_cli.model.slicing.structure import Path, describe_result, walk_tensors
 
@@ -36,10 +37,11 @@ class Value:
     derived: bool
 
     @classmethod
-    def all_of(cls, nest: Any, recorder: Recorder) -> list[Value]:
+    def all_of(cls, nest: Any, recorder: Recorder, path: Path = ()) -> list[Value]:
+        """All tensors of a nest that is found at `path`."""
         return [
             cls(path, tensor, edge_of(tensor), recorder.depends_on_parameters(tensor))
-            for path, tensor in walk_tensors(nest)
+            for path, tensor in walk_tensors(nest, path)
         ]
 
 
@@ -51,7 +53,11 @@ class LayerEvent:
     stack: str
     arguments: list[Value]
     result: Any = None
+    """Template of the result."""
+    effects: dict[Path, Any] = field(default_factory=dict)
+    """Templates of what the call left behind besides, by path (see `effects`)."""
     results: list[Value] = field(default_factory=list)
+    """The tensors in the result and in the effects."""
 
 
 @dataclass
@@ -86,7 +92,7 @@ def run_forward(model: PreTrainedModel, inputs: dict[str, Any]) -> ForwardPass:
     calls: list[LayerEvent] = []
     glue_calls: list[GlueEvent] = []
     numbers: dict[str, int] = defaultdict(int)
-    entered: list[tuple[Any, Any]] = []  # arguments of the layer calls that are running, outermost first
+    entered: list[Any] = []  # the state before each of the layer calls that are running, outermost first
     glue_starts: list[int] = []
 
     def enter(place: int) -> None:
@@ -98,14 +104,17 @@ def run_forward(model: PreTrainedModel, inputs: dict[str, Any]) -> ForwardPass:
             name = names[id(module)]
             calls.append(LayerEvent(name, layers[name], Value.all_of((args, kwargs), recorder)))
             enter(2 * len(calls) - 1)
-        entered.append((args, kwargs))
+        entered.append(mark((args, kwargs)))
 
     def after_layer(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        entered.pop()
+        before = entered.pop()
         if not entered:
-            call = calls[-1]
-            call.result = describe_result(result, (args, kwargs), f"layer {call.module}")
+            call, where = calls[-1], f"layer {calls[-1].module}"
+            call.result = describe_result(result, (args, kwargs), where)
             call.results = Value.all_of(result, recorder)
+            for path, value in effects_since(before, (args, kwargs)).items():
+                call.effects[path] = describe_result(value, (args, kwargs), where)
+                call.results += Value.all_of(value, recorder, path)
             _refuse_without_gradient(call)
             enter(2 * len(calls))
 
@@ -163,8 +172,8 @@ def _roots_of(output: Any) -> list[Tensor]:
     loss = getattr(output, "loss", None)
     if loss is None or loss.grad_fn is None:
         raise UsageError("its forward computes no loss from labels")
-    logits = getattr(output, "logits", None)
-    return [loss] if logits is None or logits.grad_fn is None else [loss, logits]
+    logits = [value for name, value in output.items() if name.endswith("logits") and isinstance(value, Tensor)]
+    return [loss, *(value for value in logits if value.grad_fn is not None)]
 
 
 def _named(name: str, hook: Any) -> Any:

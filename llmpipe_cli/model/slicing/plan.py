@@ -36,6 +36,15 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Effect:
+    """Something that a layer call leaves behind besides its result (see `effects`)."""
+
+    path: Path
+    value: Any
+    """Template of it."""
+
+
+@dataclass(frozen=True)
 class LayerCall:
     """One call of a layer by the model's forward, in the order of calls."""
 
@@ -43,6 +52,8 @@ class LayerCall:
     segment: int
     result: Any
     """Template of what the call returns (see `structure`)."""
+    effects: tuple[Effect, ...] = ()
+    """What the call leaves behind besides."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +202,10 @@ class SlicePlan:
                 Boundary(item["at"], item["call"], tuple(_with_path(Carried, carried) for carried in item["carried"]))
                 for item in value["boundaries"]
             ),
-            calls=tuple(LayerCall(**item) for item in value["calls"]),
+            calls=tuple(
+                LayerCall(**{**item, "effects": tuple(_with_path(Effect, effect) for effect in item["effects"])})
+                for item in value["calls"]
+            ),
             sides=tuple(_with_path(SideValue, item) for item in value["sides"]),
             layers=tuple(value["layers"]),
             replicated=tuple(value["replicated"]),

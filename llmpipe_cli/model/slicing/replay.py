@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from llmpipe_cli.errors import RankError
 from llmpipe_cli.model.slicing.checkpointing import CheckpointingMode, layer_runner
 from llmpipe_cli.model.slicing.cuts import find_glue
+from llmpipe_cli.model.slicing.effects import captured_lengths, is_effect, leave_effect, read_effect
 from llmpipe_cli.model.slicing.forward import forward_options
 from llmpipe_cli.model.slicing.placeholders import MetaTwin, hide_foreign_parameters
 from llmpipe_cli.model.slicing.plan import SideValue, SlicePlan
@@ -136,6 +137,7 @@ class StageReplay:
             module = self.model.get_submodule(name)
             module.forward = self._wrap_layer(name, module.forward)
         self._results = [build_result(call.result) for call in self.plan.calls]
+        self._effects = [[(item.path, build_result(item.value)) for item in call.effects] for call in self.plan.calls]
         wanted = {side.module for side in self.plan.sides if not side.is_layer}
         glue = find_glue(self.model, self.plan.layers)
         for name, module in glue.items():
@@ -176,6 +178,7 @@ class StageReplay:
         segment = self.plan.calls[call].segment
         self._seed(2 * segment)
         self._inside_layer = True
+        lengths = captured_lengths() if self._effects[call] else {}
         if self._runner is None or not torch.is_grad_enabled():
             result = forward(*args, **kwargs)
         else:
@@ -183,7 +186,11 @@ class StageReplay:
         self._inside_layer = False
         for side in self._sides_out:
             if side.is_layer and side.call == call:
-                self._side_values[side] = get_at(result, side.path)
+                self._side_values[side] = (
+                    read_effect(side.path, (args, kwargs), lengths)
+                    if is_effect(side.path)
+                    else get_at(result, side.path)
+                )
         stop = self._stop_boundary
         if stop is not None and stop.at == "return" and stop.call == call:
             raise _StageEnd(self._collect(result))
@@ -223,9 +230,20 @@ class StageReplay:
     def _skip_layer(self, call: int, arguments: CallArguments) -> Any:
         result = self._results[call](arguments, self._needs_fresh)
         for side, tensor in self._side_values.items():
-            if side.is_layer and side.call == call:
+            if side.is_layer and side.call == call and not is_effect(side.path):
                 result = put_at(result, side.path, tensor.clone())
+        if self._effects[call]:
+            self._leave_effects(call, arguments)
         return result
+
+    def _leave_effects(self, call: int, arguments: CallArguments) -> None:
+        """Leave behind what a skipped layer would have: received side values, stand-ins for the rest."""
+        for path, stand_in in self._effects[call]:
+            value = stand_in(arguments, self._needs_fresh)
+            for side, tensor in self._side_values.items():
+                if side.is_layer and side.call == call and side.path[: len(path)] == path:
+                    value = put_at(value, side.path[len(path) :], tensor.clone())
+            leave_effect(path, value, arguments)
 
     def _wrap_glue(
         self, name: str, module: nn.Module, forward: Callable[..., Any], twin: MetaTwin | None

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmpipe_cli.errors import UsageError
+from llmpipe_cli.model.slicing.effects import is_effect
 from llmpipe_cli.model.slicing.forward import Edge, ForwardPass, LayerEvent, Value, edge_of
 from llmpipe_cli.model.slicing.plan import Boundary, Carried, SegmentKind, SideValue
 
@@ -142,7 +143,12 @@ class GraphWalk:
     def _candidates(self, cut: Cut) -> list[Value]:
         """Tensors that the boundary before `cut` can carry: all that depend on parameters or were made in a layer."""
         call = self.seen.calls[cut.call]
-        values = call.arguments if cut.at == "call" else call.results
+        left_behind = {id(v.tensor) for other in self.seen.calls for v in other.results if is_effect(v.path)}
+        values = [
+            value
+            for value in (call.arguments if cut.at == "call" else call.results)
+            if id(value.tensor) not in left_behind
+        ]
         made = self._made_in_layers(cut.call if cut.at == "call" else cut.call + 1)
         return [value for value in values if value.edge is not None or value.derived or id(value.tensor) in made]
 
