@@ -2,6 +2,7 @@
 #   make demo     train a small model over two pipeline stages, evaluate it, generate a sample (a few minutes)
 #   make test     all tests; `make test TESTS=tests/test_recipe_load.py` runs some of them
 #   make lint     ruff and mypy        make format   rewrite the sources in the project's format
+#   make models   check every architecture that transformers registers; writes docs/models.md (about five minutes)
 #   make bench    llmpipe beside other pipeline engines on two cores; writes docs/benchmarks.md (about ten minutes)
 #   make clean    remove .venv, caches and build outputs, never a run
 # PYTHON chooses the interpreter .venv is made with (3.11 or newer). Which build of torch comes is pip's configuration.
@@ -14,7 +15,7 @@ INSTALLED := $(VENV)/installed
 TESTS ?= tests
 BENCH ?= --output docs/benchmarks.md
 
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test lint format bench models clean
 .DEFAULT_GOAL := help
 
 help:
@@ -50,6 +51,9 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/compare.py $(BENCH)
+
+models: $(INSTALLED)
+	$(BIN)/python benchmarks/models.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info

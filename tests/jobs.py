@@ -140,7 +140,13 @@ def train_plain(
         counts = [task.num_targets(batch) for batch in micro_batches]
         total = 0.0
         for batch, count in zip(micro_batches, counts, strict=True):
-            loss = model(**batch).loss * (count / sum(counts))
+            output = model(**batch)
+            loss = output.loss
+            if getattr(output, "aux_loss", None) is not None:  # of a mixture's routers: a mean over micro-batches
+                auxiliary = model.config.router_aux_loss_coef * output.aux_loss
+                (auxiliary / len(micro_batches)).backward(retain_graph=True)
+                loss = loss - auxiliary
+            loss = loss * (count / sum(counts))
             loss.backward()
             total += loss.item()
         limit = recipe.train.max_grad_norm or math.inf

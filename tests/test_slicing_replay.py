@@ -206,8 +206,6 @@ def test_large_config_is_traced_without_its_size() -> None:
     [
         ("reformer", {}, "ReformerOutput"),
         ("hrm_text", {}, "without gradient"),
-        ("mixtral", {"output_router_logits": True}, "that .* does not return"),
-        ("gemma3n_text", {"num_kv_shared_layers": 2}, "that .* does not return"),
         ("squeezebert", {}, "never calls the layers"),
     ],
 )
@@ -226,6 +224,43 @@ def test_unsliceable_models_are_refused_by_name(model_type: str, changes: dict[s
         trace_config(model_class(config, task), config, task)
     assert f"({model_type})" in caught.value.message
     assert isinstance(caught.value, NotSliceableError)
+
+
+SHARED = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize(
+    ("model_type", "changes", "what"),
+    [
+        ("mixtral", {"output_router_logits": True}, "@captured"),
+        ("jamba", {"output_router_logits": True}, "@captured"),
+        ("gemma3n_text", SHARED, "@argument"),
+        ("gemma4_text", SHARED, "@argument"),
+    ],
+)
+def test_what_layers_leave_behind_crosses_stages(
+    model_type: str, changes: dict[str, Any], what: str, mode: str
+) -> None:
+    """Router logits for the auxiliary loss, keys and values for later layers: no layer's result."""
+    model, plan = make(model_type, **changes)
+    inputs = tiny_inputs("causal-lm", batch=3)
+    expected = run_whole(model, inputs)
+    assert any(side.path[0] == what for side in plan.sides if side.path)
+    for cuts in ([], [2], [2, 4], list(range(1, plan.num_segments))):
+        assert_same(seeded_run(model, plan, cuts, inputs, mode), expected)
+    assert SlicePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_shared_keys_and_values_matter() -> None:
+    """The comparison above would see a layer that kept keys and values of its own."""
+    inputs = tiny_inputs("causal-lm")
+    shared, own = (run_whole(make("gemma4_text", **SHARED | {"num_kv_shared_layers": n})[0], inputs) for n in (2, 0))
+    assert shared.gradients.keys() != own.gradients.keys()
 
 
 def test_a_model_that_is_not_cut_runs_on_one_stage() -> None:

@@ -44,7 +44,27 @@ class MicroBatch:
     num_targets: int
 
 
-LossFunction = Callable[[Any, MicroBatch], torch.Tensor]
+@dataclass(frozen=True)
+class Loss:
+    """Loss of one micro-batch on the last stage.
+
+    Attributes:
+        mean: over the micro-batch's targets, in nats; without auxiliary losses.
+        auxiliary_term: what the model adds to it for its routers, coefficients included; none if it adds nothing.
+        auxiliary: the sum of those losses before their coefficients, without gradient.
+    """
+
+    mean: torch.Tensor
+    auxiliary_term: torch.Tensor | None = None
+    auxiliary: torch.Tensor | None = None
+
+    def detach(self) -> Loss:
+        """The numbers alone."""
+        return Loss(self.mean.detach(), auxiliary=self.auxiliary)
+
+
+LossFunction = Callable[[Any, MicroBatch], Loss]
+ScaleFunction = Callable[[Loss, MicroBatch], torch.Tensor]
 
 
 Key = tuple[int, int]  # chunk and micro-batch
@@ -99,7 +119,7 @@ class StageExecutor:
         *,
         step: int = 0,
         loss_function: LossFunction | None = None,
-        scale_loss: Callable[[torch.Tensor, MicroBatch], torch.Tensor] | None = None,
+        scale_loss: ScaleFunction | None = None,
         on_output: OutputFunction | None = None,
     ) -> None:
         """Run all instructions.
@@ -146,7 +166,7 @@ class StageExecutor:
         step: int,
         training: bool,
         loss_function: LossFunction | None,
-        scale_loss: Callable[[torch.Tensor, MicroBatch], torch.Tensor] | None,
+        scale_loss: ScaleFunction | None,
         on_output: OutputFunction | None,
     ) -> None:
         ends = self._chunks[chunk]

@@ -17,7 +17,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from llmpipe_cli.engine.config import deepspeed_config
-from llmpipe_cli.engine.executor import LossFunction, MicroBatch, StageExecutor
+from llmpipe_cli.engine.executor import Loss, LossFunction, MicroBatch, StageExecutor
 from llmpipe_cli.engine.module import StageModule
 from llmpipe_cli.engine.optimizers import build_optimizer
 from llmpipe_cli.engine.randomness import DrawSeeder
@@ -33,12 +33,16 @@ class StepResult:
 
     Attributes:
         loss_sum: last stage of each replica: sum over its micro-batches of mean loss x targets, in nats; else 0.
+        auxiliary_sum: likewise: sum over its micro-batches of the auxiliary losses before their coefficients.
+        num_auxiliary: likewise: its micro-batches that had auxiliary losses.
         num_targets: targets of the global batch.
         grad_norm: L2 norm of all gradients before clipping; infinite when fp16 overflowed.
         skipped: the optimizer did not step because gradients were not finite.
     """
 
     loss_sum: float
+    auxiliary_sum: float
+    num_auxiliary: int
     num_targets: int
     grad_norm: float
     skipped: bool
@@ -102,13 +106,18 @@ class Engine(PipelineEngine):
         # DeepSpeed averages gradients over the replicas; the loss is a sum over them.
         weight = self.dp_world_size / max(num_targets, 1)
         losses: list[torch.Tensor] = []
+        auxiliaries: list[torch.Tensor] = []
 
-        def scale_loss(loss: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-            scaled = loss * (batch.num_targets * weight)
+        def scale_loss(loss: Loss, batch: MicroBatch) -> torch.Tensor:
+            scaled = loss.mean * (batch.num_targets * weight)
+            if loss.auxiliary_term is not None:  # a mean over micro-batches, whatever their targets
+                scaled = scaled + loss.auxiliary_term / self.micro_batches
             return self.optimizer.scale_if_loss(scaled) if self.zero_optimization() else scaled
 
-        def keep_loss(position: int, loss: torch.Tensor) -> None:
-            losses.append(loss.double() * batches[position].num_targets)
+        def keep_loss(position: int, loss: Loss) -> None:
+            losses.append(loss.mean.double() * batches[position].num_targets)
+            if loss.auxiliary is not None:
+                auxiliaries.append(loss.auxiliary.double())
 
         self.executor.run(
             self._order,
@@ -129,7 +138,15 @@ class Engine(PipelineEngine):
         self._exec_optimizer_step()
         recorder.end()
         loss_sum = float(torch.stack(losses).sum()) if losses else 0.0
-        return StepResult(loss_sum, num_targets, float(self._global_grad_norm), not self._step_applied)
+        auxiliary_sum = float(torch.stack(auxiliaries).sum()) if auxiliaries else 0.0
+        return StepResult(
+            loss_sum=loss_sum,
+            auxiliary_sum=auxiliary_sum,
+            num_auxiliary=len(auxiliaries),
+            num_targets=num_targets,
+            grad_norm=float(self._global_grad_norm),
+            skipped=not self._step_applied,
+        )
 
     def _do_sanity_check(self) -> None:
         """DeepSpeed refuses fp16 on processors without fast kernels for it; torch computes it on all of them."""

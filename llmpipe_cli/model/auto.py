@@ -258,6 +258,9 @@ def example_inputs(
     elif task == "translation":
         inputs["labels"] = _without_special(config, draw(vocab_size, batch, sequence_len), vocab_size)
     else:
+        separator = getattr(config, "sep_token_id", None)
+        if isinstance(separator, int) and sequence_len >= 3:  # Longformer finds the question by its three separators
+            input_ids[:, [1, sequence_len // 2, sequence_len - 1]] = separator
         inputs["start_positions"] = draw(sequence_len, batch)
         inputs["end_positions"] = draw(sequence_len, batch)
     return inputs

@@ -7,12 +7,15 @@ boundaries detached and gradients are handed back by hand, as between processes.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -24,10 +27,14 @@ from llmpipe_cli.model.slicing import SlicePlan, StageReplay, trace_config
 from llmpipe_cli.model.slicing.forward import forward_options
 from llmpipe_cli.model.slicing.trace import NotSliceableError
 from llmpipe_cli.model.stage import make_real, stage_parameters
+from llmpipe_cli.model.table import read_table
 from llmpipe_cli.model.tiny import NUM_LABELS, VOCAB_SIZE, tiny_config
 
 Status = Literal["pass", "refused", "untested", "differs"]
 
+logger = logging.getLogger(__name__)
+
+_IRRELEVANT_FLAGS = {"use_cache", "return_dict", "is_decoder"}  # set by the tasks and the slicer themselves
 _MAX_PARAMETERS = 8_000_000
 _TRACE_LEN, _BATCH, _LENGTH = 16, 3, 12  # another batch and another length than when the plan is made
 
@@ -89,7 +96,56 @@ def check_type(
     except Exception as error:
         return Verdict("differs", f"a stage fails: {_first_line(error)}")
     reason = difference(found, expected, tolerance=1e-5 if dtype is torch.float32 else 2**-7)
-    return Verdict("differs" if reason else "pass", reason or "", model.config._attn_implementation)
+    return Verdict("differs" if reason else "pass", reason or "", str(model.config._attn_implementation))
+
+
+def require_parity(config: PreTrainedConfig, task: str, *, attn_implementation: str = "auto") -> None:
+    """Make sure that a model of this config may be cut: by the table of architectures, else by a check here and now.
+
+    A type that the table holds as passed, with this version of transformers and flags as they are by default, is not
+    checked again. Any other runs as a tiny model with the config's own flags, in about a second. One whose tiny model
+    cannot be built goes ahead with a warning: tracing it found no reason against it.
+
+    Raises:
+        NotSliceableError: cut into stages, a tiny model of the type gives other numbers than undivided.
+    """
+    task = "causal-lm" if task == "chat" else task
+    flags = tuple(sorted(_changed_flags(config).items()))
+    table = read_table()
+    known = table["transformers"] == transformers.__version__
+    row = table["tasks"].get(task, {}).get(config.model_type) if known else None
+    passed = row is not None and row["status"] == "pass"
+    if passed and not flags:
+        return
+    verdict = _check_once(config.model_type, task, attn_implementation, flags)
+    if verdict.status == "untested" and flags and not passed:
+        verdict = _check_once(config.model_type, task, attn_implementation, ())
+    if verdict.status == "differs":
+        raise NotSliceableError(
+            f"{config.model_type} cannot be cut into pipeline stages: on a tiny model, {verdict.reason}",
+            hint="train it on one stage (parallel.pipeline: 1) or choose another architecture",
+        )
+    if verdict.status == "untested" and not passed:
+        logger.warning("%s is untested as a pipeline for %s (%s)", config.model_type, task, verdict.reason)
+
+
+@functools.lru_cache(maxsize=64)
+def _check_once(model_type: str, task: str, attn_implementation: str, flags: tuple[tuple[str, bool], ...]) -> Verdict:
+    changes: dict[str, Any] = dict(flags)
+    with torch.random.fork_rng(devices=[]):
+        return check_type(model_type, task, attn_implementation=attn_implementation, **changes)
+
+
+def _changed_flags(config: PreTrainedConfig) -> dict[str, bool]:
+    """Fields of a config that say yes or no otherwise than by default, and change what the forward computes."""
+    return {
+        field.name: value
+        for field in fields(config)
+        if isinstance(field.default, bool)
+        and isinstance(value := getattr(config, field.name, field.default), bool)
+        and value != field.default
+        and field.name not in _IRRELEVANT_FLAGS
+    }
 
 
 def _first_line(error: Exception) -> str:
@@ -238,8 +294,7 @@ class Pipeline:
 
 def copy_stage(model: PreTrainedModel, plan: SlicePlan, start: int, stop: int) -> PreTrainedModel:
     """A skeleton with copies of `model`'s parameters of segments [start, stop), the rest on meta."""
-    attention = model.config._attn_implementation or "auto"
-    stage = build_skeleton(type(model), model.config, dtype=model.dtype, attn_implementation=attention)
+    stage = build_skeleton(type(model), model.config, dtype=model.dtype)  # the config says which attention
     groups = all_names(stage)
     for name in [*stage_parameters(plan, start, stop), *plan.replicated]:
         replace_parameter(stage, groups[name], nn.Parameter(model.get_parameter(name).detach().clone()))

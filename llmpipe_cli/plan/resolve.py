@@ -18,6 +18,7 @@ from llmpipe_cli.engine.schedules import SCHEDULES, Placement
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.model.adapters import config_section, split_adapter
 from llmpipe_cli.model.auto import load_config, model_class, resolve_weights
+from llmpipe_cli.model.parity import require_parity
 from llmpipe_cli.model.slicing.trace import NotSliceableError, trace_config, whole_plan
 from llmpipe_cli.model.weights import weight_files
 from llmpipe_cli.plan.layout import choose_layout, choose_micro_batch_size, choose_schedule, choose_zero_stage
@@ -86,6 +87,8 @@ def make_plan(
             sequence_len=recipe.data.sequence_len,
             attn_implementation=section.attn_implementation,
         )
+        if recipe.parallel.pipeline != 1 and num_devices > 1:
+            require_parity(config, recipe.task, attn_implementation=section.attn_implementation)
     except NotSliceableError:
         if recipe.parallel.pipeline != 1:
             raise

@@ -189,10 +189,13 @@ class Trainer:
         rows = self._exchange(result, batches, data_seconds)
         self.position.step += 1
         loss = sum(row["loss_sum"] for row in rows) / max(result.num_targets, 1)
+        num_auxiliary = sum(row["num_auxiliary"] for row in rows)
+        auxiliary = {"aux_loss": sum(row["auxiliary_sum"] for row in rows) / num_auxiliary} if num_auxiliary else {}
         seconds = time.perf_counter() - started
         self.metrics.step(
             step=self.position.step,
             loss=loss,
+            **auxiliary,
             num_target_tokens=result.num_targets,
             learning_rate=self.engine.optimizer.param_groups[0]["lr"],
             grad_norm=result.grad_norm,
@@ -222,6 +225,8 @@ class Trainer:
         busy_seconds, wait_seconds = recorder.busy_and_wait_seconds()
         row = {
             "loss_sum": result.loss_sum,
+            "auxiliary_sum": result.auxiliary_sum,
+            "num_auxiliary": float(result.num_auxiliary),
             "busy_seconds": busy_seconds,
             "wait_seconds": wait_seconds,
             "data_seconds": data_seconds,
