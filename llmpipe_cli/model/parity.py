@@ -296,7 +296,7 @@ def copy_stage(model: PreTrainedModel, plan: SlicePlan, start: int, stop: int) -
     """A skeleton with copies of `model`'s parameters of segments [start, stop), the rest on meta."""
     stage = build_skeleton(type(model), model.config, dtype=model.dtype)  # the config says which attention
     groups = all_names(stage)
-    for name in [*stage_parameters(plan, start, stop), *plan.replicated]:
+    for name in [*stage_parameters(plan, range(start, stop)), *plan.replicated]:
         replace_parameter(stage, groups[name], nn.Parameter(model.get_parameter(name).detach().clone()))
     return stage.train(model.training)
 
