@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jobs import Job, full_model, losses, steps, train_plain
 from rank_pool import RankPool
 from seqeval.metrics import f1_score, precision_score, recall_score
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
+from sklearn.utils.class_weight import compute_class_weight
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+from transformers.trainer_pt_utils import LabelSmoother
 
 from llmpipe_cli.data.chat import DEFAULT_TEMPLATE, ChatEncoder
 from llmpipe_cli.data.dataset import open_split
@@ -22,6 +34,8 @@ from llmpipe_cli.data.tokenizer import train_tokenizer
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.recipe.schema import Recipe, TokenizerTraining
 from llmpipe_cli.run import RunDirectory, read_json
+from llmpipe_cli.tasks.registry import get_task
+from llmpipe_cli.tasks.text_scores import text_scores
 from llmpipe_cli.tasks.token_classification import entities
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -239,3 +253,200 @@ def test_conversations_that_cannot_be_learned(tmp_path: Path, row: dict[str, Any
     split = prepared("skip", "skip")
     assert (split.num_samples, split.num_skipped) == (2, 1)
     assert split.skipped_examples[0].startswith(f"{tmp_path}/a.jsonl:3: ")
+
+
+# ---------------------------------------------------------------------------------------------------- classification
+
+TOPICS = {"music": ["drum", "song", "violin"], "sport": ["ball", "goal", "race"], "food": ["soup", "bread", "salt"]}
+
+
+def _told(count: int, *, several: bool) -> list[dict[str, Any]]:
+    draw = random.Random(7)
+    rows = []
+    for _ in range(count):
+        topics = draw.sample(sorted(TOPICS), draw.randrange(3)) if several else [draw.choice([*TOPICS, "food", "food"])]
+        words = [draw.choice(TOPICS[draw.choice(sorted(TOPICS)) if draw.random() < 0.2 else topic]) for topic in topics]
+        rows.append({"text": " ".join(["today", *words]), "label": topics if several else topics[0]})
+    return rows
+
+
+class _Weighted(torch.nn.Module):
+    """transformers' model whose loss is the mean over texts of weight x cross entropy."""
+
+    def __init__(self, model: torch.nn.Module, weights: list[float]) -> None:
+        super().__init__()
+        self.model, self.factors = model, torch.tensor(weights)
+
+    def forward(self, labels: torch.Tensor, **inputs: Any) -> Any:
+        output = self.model(**inputs, labels=labels)
+        single = torch.nn.functional.cross_entropy(output.logits, labels, reduction="none")
+        output.loss = (single * self.factors[labels]).mean()
+        return output
+
+
+def _logits(run: RunDirectory, rows: list[dict[str, Any]]) -> tuple[Any, torch.Tensor]:
+    model = AutoModelForSequenceClassification.from_pretrained(run.checkpoints / "latest").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run.checkpoints / "latest")
+    with torch.no_grad():
+        return model, torch.cat([model(**tokenizer(row["text"], return_tensors="pt")).logits for row in rows])
+
+
+def test_classification_with_class_weights(tmp_path: Path, pool: RankPool) -> None:
+    rows = _told(90, several=False)
+    job = job_of(tmp_path, "classification", BERT, rows, data={"class_weights": "balanced"})
+    names = sorted(TOPICS)
+    counts = [sum(row["label"] == name for row in rows[:60]) for name in names]
+    weights = compute_class_weight("balanced", classes=np.array(names), y=[row["label"] for row in rows[:60]])
+    assert job.data.class_weights == pytest.approx(weights.tolist())
+    assert job.data.train is not None
+    assert job.data.train.label_counts == counts
+    plan = job.plan(parallel={"pipeline": 2})
+    expected, norms, _ = train_plain(plan, _Weighted(full_model(plan), weights.tolist()))
+    run = job.train(pool, parallel={"pipeline": 2})
+    assert losses(run) == pytest.approx(expected, rel=1e-5)
+    assert [step["grad_norm"] for step in steps(run)] == pytest.approx(norms, rel=1e-4)
+    evaluation = evaluated(job, run, pool)
+    metrics = read_json(evaluation.evaluation)["metrics"]
+    model, logits = _logits(run, rows[60:])
+    right, found = ([names.index(row["label"]) for row in rows[60:]], logits.argmax(-1).tolist())
+    assert metrics["accuracy"] == accuracy_score(right, found)
+    for average in ("macro", "micro"):
+        scores = precision_recall_fscore_support(right, found, average=average, zero_division=0)[:3]
+        for name, score in zip(("precision", "recall", "f1"), scores, strict=True):
+            assert metrics.get(f"{name}_{average}", score) == pytest.approx(score, abs=1e-12)
+    document = read_json(evaluation.path / "confusion_matrix.json")
+    assert document["labels"] == names == [model.config.id2label[index] for index in range(3)]
+    assert document["matrix"] == confusion_matrix(right, found, labels=[0, 1, 2]).tolist()
+
+
+def test_several_labels_a_text(tmp_path: Path, pool: RankPool) -> None:
+    rows = _told(90, several=True)
+    config = {**LLAMA, "num_key_value_heads": 2}
+    job = job_of(tmp_path, "classification", config, rows, data={"multi_label": True}, train={**TRAIN, "max_steps": 20})
+    run = trained(job, pool)
+    metrics = read_json(evaluated(job, run, pool).evaluation)["metrics"]
+    model, logits = _logits(run, rows[60:])
+    assert model.config.problem_type == "multi_label_classification"
+    names = [model.config.id2label[index] for index in range(3)]
+    right = np.array([[name in row["label"] for name in names] for row in rows[60:]], dtype=int)
+    found = (logits.sigmoid() >= 0.5).int().numpy()
+    assert found.any()
+    expected = {"accuracy": accuracy_score(right, found)}
+    for average in ("macro", "micro"):
+        scores = precision_recall_fscore_support(right, found, average=average, zero_division=0)[:3]
+        expected |= {
+            f"{name}_{average}": score for name, score in zip(("precision", "recall", "f1"), scores, strict=True)
+        }
+    losses_ = torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.from_numpy(right).float())
+    assert metrics.pop("loss") == pytest.approx(losses_.item(), rel=1e-5)
+    assert metrics == pytest.approx(expected, abs=1e-12)
+
+
+def test_labels_that_are_not_in_the_list(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", [{"text": "a", "label": ["x"]}, {"text": "b", "label": ["y", "x"]}])
+    other = write(tmp_path / "other.jsonl", [{"text": "a", "label": []}, {"text": "b", "label": ["x", "z"]}])
+    data = {"train": {"files": train}, "validation": {"files": other}, "multi_label": True, "sequence_len": 16}
+    values = {"name": "t", "task": "classification", "model": {}, "tokenizer": {"train": {"vocab_size": 300}}}
+    with pytest.raises(UsageError) as caught:
+        prepare(Recipe.model_validate({**values, "data": data}), tmp_path, tmp_path / "cache")
+    assert caught.value.where == f"{other}:2"
+    assert caught.value.message == "unknown label 'z'"
+    assert "the labels are 'x', 'y'" in (caught.value.hint or "")
+
+
+# --------------------------------------------------------------------------------------------------- translation
+
+
+def test_translation_from_scratch(tmp_path: Path, pool: RankPool) -> None:
+    """Marian with smoothed labels: Hugging Face's label smoother, `generate`, and sacrebleu's command line."""
+    draw = random.Random(3)
+    words = {"one": "eins", "two": "zwei", "three": "drei", "dog": "Hund", "cat": "Katze", "house": "Haus"}
+    rows = []
+    for _ in range(66):
+        chosen = draw.choices(sorted(words), k=draw.randrange(2, 6))
+        rows.append({"source": " ".join(chosen), "target": " ".join(["das", "ist", "ein", *map(words.get, chosen)])})
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = {"model_type": "marian", "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, **layers}
+    train = {**TRAIN, "max_steps": 40, "global_batch_size": 16, "micro_batch_size": 4, "learning_rate": 1e-2}
+    model = {"config": {**config, "max_position_embeddings": 64}, "dropout": 0.0}
+    job = job_of(
+        tmp_path,
+        "translation",
+        config,
+        rows,
+        model=model,
+        data={"sequence_len": 24, "target_sequence_len": 20, "source_prefix": "say: "},
+        train={**train, "label_smoothing": 0.1},
+        tokenizer={"train": {"vocab_size": 340}},
+    )
+    plan = job.plan(parallel={"pipeline": 2})
+    expected, norms, _ = train_plain(plan, _Smoothed(full_model(plan)))
+    run = job.train(pool, parallel={"pipeline": 2})
+    assert losses(run) == pytest.approx(expected, rel=1e-5)
+    assert [step["grad_norm"] for step in steps(run)] == pytest.approx(norms, rel=1e-3)
+
+    evaluation = evaluated(job, run, pool)
+    result = read_json(evaluation.evaluation)
+    hypotheses = (evaluation.path / "hypotheses.txt").read_text().splitlines()
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(run.checkpoints / "latest").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run.checkpoints / "latest")
+    assert loaded.config.decoder_start_token_id == tokenizer.pad_token_id
+    for row, hypothesis in zip(rows[44:], hypotheses, strict=True):
+        inputs = tokenizer("say: " + row["source"], return_tensors="pt")
+        best = loaded.generate(**inputs, max_new_tokens=20, do_sample=False, num_beams=1, forced_eos_token_id=None)
+        assert hypothesis == " ".join(tokenizer.decode(best[0], skip_special_tokens=True).split())
+    command = [sys.executable, "-m", "sacrebleu", "references.txt", "-i", "hypotheses.txt", "-m", "bleu", "chrf"]
+    printed = subprocess.run(
+        [*command, "--format", "json", "-w", "10"], cwd=evaluation.path, capture_output=True, text=True, check=True
+    )
+    bleu, chrf = json.loads(printed.stdout)
+    assert result["metrics"]["bleu"] > 5, "it has learned some words"
+    assert result["metrics"]["bleu"] == pytest.approx(bleu["score"], abs=1e-9)
+    assert result["metrics"]["chrf"] == pytest.approx(chrf["score"], abs=1e-9)
+    assert bleu["signature"].split("|version")[0] in result["signature"]
+
+
+class _Smoothed(torch.nn.Module):
+    """transformers' model with the loss of its Trainer's label smoothing."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: torch.Tensor) -> Any:
+        output = self.model(**inputs)
+        output.loss = LabelSmoother(0.1)(output, inputs["labels"])
+        return output
+
+
+def test_rouge_is_that_of_rouge_score() -> None:
+    scores, _ = text_scores(["the cat sat", "a dog"], ["the cat sat down", "dogs"], ["rouge"])
+    assert scores["rouge1"] == pytest.approx(100 * (2 * 1 * 0.75 / 1.75 + 2 * 0.5 * 1 / 1.5) / 2)
+    assert set(scores) == {"rouge1", "rouge2", "rougeL", "rougeLsum"}
+
+
+# ------------------------------------------------------------------------------------------------------ masked-lm
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_whole_words_are_hidden(tmp_path: Path, packing: bool) -> None:
+    path = write(
+        tmp_path / "a.jsonl", [{"text": f"extraordinary circumstances {n} notwithstanding"} for n in range(60)]
+    )
+    data = {"train": {"files": path}, "sequence_len": 32, "packing": packing, "whole_word_masking": True}
+    values = {"name": "t", "task": "masked-lm", "model": {}, "tokenizer": {"train": {"vocab_size": 270}}, "data": data}
+    prepared = prepare(Recipe.model_validate(values), tmp_path, tmp_path / "cache")
+    assert prepared.train is not None
+    samples, task = open_split(prepared.train), get_task(prepared)
+    share = []
+    for step in range(30):
+        chosen = [samples[(3 * step + row) % len(samples)] for row in range(3)]
+        batch = task.collate(chosen, seed=(1, step))
+        for row, sample in enumerate(chosen):
+            words, hidden = sample["words"], (batch["labels"][row, : len(sample["words"])] != -100).numpy()
+            share.append(hidden[words > 0].mean())
+            assert not hidden[words == 0].any()
+            for position in range(1, len(words)):
+                if words[position] == words[position - 1] > 0:
+                    assert hidden[position] == hidden[position - 1], "a word is hidden whole or not at all"
+    assert 0.1 < np.mean(share) < 0.3

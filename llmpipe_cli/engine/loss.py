@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: the model's own, or a smoothed cross entropy over the same targets.
+"""The loss of a micro-batch: the model's own, or a smoothed or weighted cross entropy over the same targets.
 
 Mixtures of experts add losses for their routers when their config says `output_router_logits: true`. Those are taken
 apart: they are no mean over targets, and belong to the global batch as a mean over its micro-batches.
@@ -6,6 +6,7 @@ apart: they are no mean over targets, and belong to the global batch as a mean o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,13 +20,15 @@ _AUXILIARY = ("aux_loss", "z_loss")
 """How the names of transformers' router losses end (`aux_loss`, `encoder_z_loss`)."""
 
 
-def make_loss(task: str, label_smoothing: float) -> LossFunction:
+def make_loss(task: str, label_smoothing: float, class_weights: Sequence[float] | None = None) -> LossFunction:
     """Loss of one micro-batch from the model's output and inputs: scalars, the mean over its targets in nats.
 
     Args:
         task: the recipe's task; decides whether logits are shifted against labels.
         label_smoothing: probability mass spread evenly over all classes (Szegedy et al. 2016); 0 takes the model's own
             loss.
+        class_weights: classification: factor on the loss of each sample, by its class. The mean is over samples, not
+            over weights, so that it does not depend on how samples fall into micro-batches.
     """
 
     def own_loss(output: Any, batch: MicroBatch) -> Loss:
@@ -46,6 +49,20 @@ def make_loss(task: str, label_smoothing: float) -> LossFunction:
         )
         return Loss(_finite_without_targets(mean, logits, batch), *_auxiliary_losses(output))
 
+    def weighted_loss(output: Any, batch: MicroBatch) -> Loss:
+        labels = batch.inputs["labels"]
+        losses = F.cross_entropy(
+            output.logits.float(),
+            labels,
+            weight=torch.tensor(class_weights, device=labels.device),
+            ignore_index=_IGNORED,
+            label_smoothing=label_smoothing,
+            reduction="none",
+        )
+        return Loss(losses.sum() / max(batch.num_targets, 1), *_auxiliary_losses(output))
+
+    if class_weights is not None:
+        return weighted_loss
     return smoothed_loss if label_smoothing else own_loss
 
 

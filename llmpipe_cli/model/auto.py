@@ -37,6 +37,7 @@ def load_config(
     num_labels: int | None = None,
     vocab_size: int | None = None,
     pad_token_id: int | None = None,
+    multi_label: bool = False,
 ) -> PreTrainedConfig:
     """The transformers config that the recipe asks for.
 
@@ -49,6 +50,7 @@ def load_config(
         num_labels: classes of a classification task.
         vocab_size: size of a trained tokenizer, used where `model.config` gives none.
         pad_token_id: the tokenizer's, used where the config has none.
+        multi_label: a text has any number of classes.
 
     Raises:
         UsageError: unknown model type or field, an unreadable model, a field of the wrong type, a vocabulary smaller
@@ -83,7 +85,7 @@ def load_config(
     if num_labels is not None:
         config.num_labels = num_labels
         if task == "classification":
-            config.problem_type = "single_label_classification"
+            config.problem_type = "multi_label_classification" if multi_label else "single_label_classification"
     if task in ("causal-lm", "chat") and getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder:
         config.is_decoder = True  # BERT and its kin look at both sides otherwise
     if task == "translation" and getattr(config, "decoder_start_token_id", None) is None:
@@ -251,6 +253,8 @@ def example_inputs(
         inputs["attention_mask"] = torch.ones_like(input_ids)
     if task in ("causal-lm", "chat", "masked-lm"):
         inputs["labels"] = input_ids.clone()
+    elif task == "classification" and config.problem_type == "multi_label_classification":
+        inputs["labels"] = draw(2, batch, num_labels).float()
     elif task == "classification":
         inputs["labels"] = draw(num_labels, batch)
     elif task == "token-classification":

@@ -71,6 +71,7 @@ def make_plan(
         num_labels=len(labels) if labels is not None else None,
         vocab_size=vocab_size,
         pad_token_id=data.special_token_ids.get("pad") if data is not None else None,
+        multi_label=data is not None and data.multi_label,
     )
     if data is not None and section.from_ is None:
         _set_special_tokens(config, section.config or {}, data.special_token_ids)
@@ -141,6 +142,14 @@ def _set_special_tokens(config: Any, given: dict[str, Any], ids: dict[str, int])
     for name in ("bos", "eos", "pad"):
         if f"{name}_token_id" not in given:
             setattr(config, f"{name}_token_id", ids.get(name))
+    if not config.is_encoder_decoder:
+        return
+    # BART's decoder begins with the end of text, T5's and Marian's with padding: as the family's own config has it.
+    usual = type(config)()
+    starts_with = "eos" if usual.decoder_start_token_id == usual.eos_token_id else "pad"
+    for name, value in (("decoder_start", starts_with), ("forced_eos", "eos")):
+        if f"{name}_token_id" not in given and getattr(usual, f"{name}_token_id", None) is not None:
+            setattr(config, f"{name}_token_id", ids.get(value, ids.get("eos")))
 
 
 def _going_on(recipe: Recipe, saved: dict[str, Any]) -> Recipe:

@@ -224,7 +224,11 @@ def _data_shape(context: _Context) -> Iterator[Finding]:
     if recipe.data.stride >= recipe.data.sequence_len and recipe.task == "question-answering":
         message = f"windows of {recipe.data.sequence_len} tokens cannot overlap by {recipe.data.stride}"
         yield Finding(("data.sequence_len", "data.stride"), message, "write sequence_len: 384 and stride: 128")
-    if recipe.data.multi_label and recipe.data.class_weights is not None:
+    many = recipe.data.multi_label and recipe.task == "classification"
+    if recipe.train.label_smoothing and (many or recipe.task == "question-answering"):
+        message = f"label smoothing is for one class each; {'multi_label' if many else recipe.task} has none"
+        yield Finding(("train.label_smoothing", "task", "data.multi_label"), message, "leave it out")
+    if many and recipe.data.class_weights is not None:
         message = "class weights are for one label a text"
         yield Finding(("data.class_weights", "data.multi_label"), message, "leave them out")
     if recipe.data.sequence_len < 2 and recipe.task == "causal-lm":

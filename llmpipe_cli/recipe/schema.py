@@ -253,6 +253,14 @@ class EvaluationSection(Section):
     """Question answering: longest answer in tokens."""
     null_score_threshold: float = 0.0
     """Question answering: no answer is given where its score is higher than the best answer's by more than this."""
+    text_metrics: list[Literal["bleu", "chrf", "rouge"]] = ["bleu", "chrf"]
+    """Translation: what `llmpipe evaluate` scores generated texts by; rouge is for summaries, [] generates nothing."""
+    num_beams: PositiveInt = 1
+    """Translation: width of the beam search; 1 is greedy search."""
+    max_new_tokens: PositiveInt | None = None
+    """Translation: longest generated text in tokens; unset takes `data.target_sequence_len`."""
+    bleu_tokenize: str = "13a"
+    """Translation: sacrebleu's tokenizer, such as zh or ja-mecab for texts without spaces."""
     threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """Classification with several labels: probability from which on a label is given."""
 

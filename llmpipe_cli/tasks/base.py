@@ -116,6 +116,10 @@ class EvaluationPass(ABC):
         text), such as the predictions."""
         return {}, {}
 
+    def tables(self, vector: torch.Tensor) -> dict[str, str]:
+        """Files worth keeping (name and text) that follow from the summed vector, such as a confusion matrix."""
+        return {}
+
 
 class Task(ABC):
     """How to batch and score; one subclass a task.
@@ -125,8 +129,6 @@ class Task(ABC):
     """
 
     name: str
-    generates: bool = False
-    """Whether an evaluation also generates texts and scores them."""
 
     def __init__(self, data: PreparedData, sequence_len: int, target_sequence_len: int) -> None:
         self.data = data

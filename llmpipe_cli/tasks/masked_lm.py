@@ -2,8 +2,9 @@
 
 Of each sample 15 % of the tokens are chosen, never special ones: 80 % of those become the mask token, 10 % a random
 token, 10 % stay, and all are targets. The choice is new each time a sample is drawn, and depends on the seed, step and
-micro-batch alone. In an evaluation it depends on the sample alone: every evaluation of the same data hides the same
-tokens, whatever the micro-batch size. -> loss, perplexity (over the hidden tokens).
+micro-batch alone. With `whole_word_masking` 15 % of the words are chosen, each with all its tokens; what becomes of a
+token is then drawn for each. In an evaluation it depends on the sample alone: every evaluation of the same data hides
+the same tokens, whatever the micro-batch size. -> loss, perplexity (over the hidden tokens).
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ class MaskedLM(Task):
 
     def collate(self, samples: Sequence[Sample], *, seed: tuple[int, ...]) -> Batch:
         random = np.random.default_rng(seed)
-        return self._batch([self._hide(sample["input_ids"], random) for sample in samples])
+        return self._batch([self._hide(sample["input_ids"], random, sample.get("words")) for sample in samples])
 
     def collate_for_evaluation(self, samples: Sequence[Sample], indices: Sequence[int]) -> Batch:
         """The micro-batch of these samples, sample i always with the same tokens hidden."""
         rows = [
-            self._hide(sample["input_ids"], np.random.default_rng((_EVALUATION_SEED, index)))
+            self._hide(sample["input_ids"], np.random.default_rng((_EVALUATION_SEED, index)), sample.get("words"))
             for sample, index in zip(samples, indices, strict=True)
         ]
         return self._batch(rows)
@@ -63,13 +64,17 @@ class MaskedLM(Task):
             return {"input_ids": input_ids, "labels": labels}
         return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
-    def _hide(self, tokens: Ids, random: np.random.Generator) -> tuple[Ids, Ids]:
-        """Input and labels of one sample, int64 [n] each."""
+    def _hide(self, tokens: Ids, random: np.random.Generator, words: Ids | None = None) -> tuple[Ids, Ids]:
+        """Input and labels of one sample, int64 [n] each. `words` has a number for each token's word, which differs
+        from that of its neighbours."""
         draw, what, other = random.random((3, len(tokens)))
+        if words is not None and len(tokens):
+            begins = np.concatenate([[True], words[1:] != words[:-1]])
+            draw = draw[begins][np.cumsum(begins) - 1]  # one draw a word
         draw[np.isin(tokens, self.special_ids)] = np.inf
         chosen = draw < _CHOSEN
         if len(tokens) and np.isfinite(draw.min()):
-            chosen[draw.argmin()] = True  # a sample without any target would have no loss
+            chosen[draw == draw.min()] = True  # a sample without any target would have no loss
         inputs = tokens.copy()
         inputs[chosen & (what < _MASKED)] = self.mask_id
         randomised = chosen & (what >= _MASKED) & (what < _MASKED + _RANDOM)

@@ -2,7 +2,8 @@
 
 The source, after `source_prefix`, is cut to `sequence_len` and padded on the right; the target is cut to
 `target_sequence_len`, and its padding is no target. The decoder's input is left to the model, which shifts the labels
-by one as Hugging Face's encoder-decoder models do. -> loss, perplexity (over the target tokens).
+by one as Hugging Face's encoder-decoder models do. -> loss, perplexity (over the target tokens); `llmpipe evaluate`
+also generates a text for each source and scores it -> bleu, chrf, and ROUGE on request (`worker.hypotheses`).
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from llmpipe_cli.errors import UsageError
 from llmpipe_cli.run import write_json, write_text
 from llmpipe_cli.tasks.base import EvaluationBatch, EvaluationPass, Metrics, Task
 from llmpipe_cli.tasks.registry import get_task
+from llmpipe_cli.worker.hypotheses import score_hypotheses
 from llmpipe_cli.worker.process import Context, load_stage
 from llmpipe_cli.worker.telemetry import MetricsWriter
 
@@ -64,7 +65,7 @@ class Evaluator:
             results.update(chosen.result(vector))
             scores, files = chosen.scores(records)
             results.update(scores)
-            self.files.update(files)
+            self.files |= {**chosen.tables(vector), **files}
             if number == 0:
                 self.num_samples, self.num_target_tokens = chosen.num_samples, chosen.num_targets(vector)
         return results
@@ -114,9 +115,16 @@ def evaluate(context: Context) -> int:
             "there is no validation data", where="data.validation", hint="add data.validation to the recipe"
         )
     metrics = MetricsWriter(context.run.metrics if context.is_first else None)
-    evaluator = Evaluator(context, StageExecutor(load_stage(context), context.device), get_task(data), split)
+    executor = StageExecutor(load_stage(context), context.device)
+    evaluator = Evaluator(context, executor, get_task(data), split)
     metrics.event("start", step=0, max_steps=0, layout=context.plan.layout.model_dump())
     values = evaluator.run(metrics=metrics)
+    signature = [data.task, f"sequence_len:{split.sequence_len}", f"data:{split.fingerprint[:12]}"]
+    if data.task == "translation" and split.kind != "synthetic" and context.recipe.evaluation.text_metrics:
+        assert data.tokenizer_dir is not None
+        texts = score_hypotheses(context, executor, split, data.tokenizer_dir)
+        values |= texts.metrics
+        signature += texts.signatures
     metrics.event("evaluation", step=0, metrics=values)
     if context.is_first:
         for name, text in evaluator.files.items():
@@ -129,7 +137,7 @@ def evaluate(context: Context) -> int:
                 "metrics": values,
                 "num_samples": evaluator.num_samples,
                 "num_target_tokens": evaluator.num_target_tokens,
-                "signature": f"{data.task}|sequence_len:{split.sequence_len}|data:{split.fingerprint[:12]}",
+                "signature": "|".join(signature),
             },
         )
     metrics.event("end", step=0, state="done")

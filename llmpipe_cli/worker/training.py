@@ -89,7 +89,7 @@ class Trainer:
         self.metrics.listener = self.trackers.log
         module = load_stage(context)
         curve = learning_rate_curve(self.recipe.train, self.settings.max_steps, self.settings.warmup_steps)
-        loss = make_loss(self.recipe.task, self.recipe.train.label_smoothing)
+        loss = make_loss(self.recipe.task, self.recipe.train.label_smoothing, self.data.class_weights)
         self.engine = Engine(self.plan, module, loss, curve)
         self.batches = BatchPlan(
             open_split(self.data.train),
