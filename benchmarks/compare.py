@@ -49,6 +49,7 @@ LABELS = {
 }
 MAIN = ("independent", "torch", "deepspeed", "llmpipe-1f1b", "llmpipe-zb-h1", "llmpipe-zb-v")
 TORCH = ("torch", "torch-interleaved", "torch-zbv")
+KINDS = ("wall", "cpu", "simulated")
 Seconds = dict[str, list[float | None]]
 
 
@@ -69,7 +70,7 @@ def main() -> None:
     sections = _sections(arguments)
     texts, results = [], []
     for section in sections:
-        everything: dict[str, Seconds] = {kind: {name: [] for name in section.systems} for kind in ("wall", "cpu")}
+        everything: dict[str, Seconds] = {kind: {name: [] for name in section.systems} for kind in KINDS}
         for launch in range(section.launches):
             with tempfile.TemporaryDirectory() as folder:
                 for kind, measured in _launch(Path(folder), section, arguments.warmup).items():
@@ -155,7 +156,7 @@ def _write_plan(folder: Path, work: Work, name: str) -> None:
                 "lr_scheduler_type": "constant",
                 "max_grad_norm": work.max_grad_norm,
             },
-            "parallel": {"pipeline": 2, "schedule": name.removeprefix("llmpipe-")},
+            "parallel": {"pipeline": 2, "schedule": name.removeprefix("llmpipe-").removesuffix("-unrecorded")},
         }
     )
     data = prepare(recipe, folder, folder / "cache")
@@ -210,8 +211,14 @@ def _section_text(section: Section, everything: dict[str, Seconds]) -> str:
             low, middle, high = _quartiles(_ratios(values, speeds[reference]))
             cells.append("1" if name == reference else f"{middle:.3f} ({low:.3f} to {high:.3f})")
         lines.append("| " + " | ".join([*cells, str(len(measured))]) + " |")
+    notes = [
+        f"{LABELS.get(name, name)} {statistics.median(values):.3f}"
+        for name in speeds
+        if (values := _measured(everything["simulated"][name]))
+    ]
+    simulated = f"\nSimulated over measured step, median: {', '.join(notes)}.\n" if notes else ""
     launches = f"{section.launches} launch" + ("es" if section.launches > 1 else "")
-    return f"## {section.title}\n\n{launches} of {section.rounds} rounds.\n\n" + "\n".join(lines) + "\n"
+    return f"## {section.title}\n\n{launches} of {section.rounds} rounds.\n\n" + "\n".join(lines) + "\n" + simulated
 
 
 def _plot(section: Section, wall: Seconds, path: Path) -> None:
@@ -254,7 +261,8 @@ fp32) on {platform.machine()} with {versions}: micro-batches of
 {work.micro_batch_size} x {work.sequence_len} tokens, AdamW, gradients clipped at {work.max_grad_norm}; two processes of
 one thread each, gloo. All systems live in the same processes and do their steps in turn. Ratios are medians of the
 ratio within a round, quartiles in brackets. CPU seconds are those of both processes together. llmpipe's figures hold
-its whole training step: reading data, metrics, timeline.
+its whole training step: reading data, metrics, timeline. Its steps are also played through by the simulator, fed with
+the same step's instruction times: what is missing from 1 is time that the timeline cannot name.
 
 Two independent processes send nothing and never wait, so together they are what this machine can do; a 1F1B pipeline of
 two equal stages and m micro-batches can reach m / (m + 1) of it, because each stage waits for one micro-batch a step.

@@ -3,7 +3,8 @@
 ``python -m torch.distributed.run ... benchmarks/rank.py FOLDER`` reads FOLDER/launch.json and writes
 FOLDER/seconds.json: for each system and round the seconds from a barrier before to a barrier after its step, and the
 processor seconds that both ranks spent in it (`cpu`), which a busy machine changes less. Systems that are not in
-`always` take part in every `every`-th round; their other rounds are null.
+`always` take part in every `every`-th round; their other rounds are null. `simulated` has, for llmpipe, what the
+simulator makes of each step's own records, over the measured length.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ def main() -> None:
     systems = {name: build(name, work, rank, folder) for name in building}
     wall: dict[str, list[float | None]] = {name: [] for name in names}
     cpu: dict[str, list[float | None]] = {name: [] for name in names}
+    simulated: dict[str, list[float | None]] = {name: [] for name in names}
     for turn in range(-launch["warmup"], launch["rounds"]):
         # The order turns round, so that no system always follows the same one.
         for name in names if turn % 2 else reversed(names):
             if turn > 0 and turn % launch["every"] and name not in launch["always"]:
                 wall[name].append(None)
                 cpu[name].append(None)
+                simulated[name].append(None)
                 continue
             dist.barrier()
             started, busy = time.perf_counter(), time.process_time()
@@ -52,8 +55,10 @@ def main() -> None:
             if turn >= 0:
                 wall[name].append(spent[0].item())
                 cpu[name].append(spent[1].item())
+                recorded = name.startswith("llmpipe-") and not name.endswith("-unrecorded")
+                simulated[name].append(systems[name].simulated_over_measured() if recorded else None)
     if rank == 0:
-        (folder / "seconds.json").write_text(json.dumps({"wall": wall, "cpu": cpu}))
+        (folder / "seconds.json").write_text(json.dumps({"wall": wall, "cpu": cpu, "simulated": simulated}))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -23,8 +23,10 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from llmpipe_cli.engine.recorder import Recorder
 from llmpipe_cli.plan.plan import Plan
 from llmpipe_cli.recipe.schema import Recipe
+from llmpipe_cli.report.timeline import load_timeline, simulated_step
 from llmpipe_cli.run import RunDirectory
 from llmpipe_cli.worker.process import Context
 from llmpipe_cli.worker.stop import StopFlag
@@ -261,13 +263,39 @@ class TorchPipelining:
 class Llmpipe:
     """llmpipe's worker as `llmpipe train` runs it: its data, its metrics, its timeline."""
 
-    def __init__(self, plan: Plan, folder: Path, rank: int) -> None:
+    def __init__(self, plan: Plan, folder: Path, rank: int, recording: bool = True) -> None:
         run = RunDirectory.create(folder / f"rank-{rank}", "bench")
         context = Context(run, StopFlag(None), plan, Recipe.model_validate(plan.recipe), rank, torch.device("cpu"))
         self.trainer = Trainer(context)
+        if not recording:
+            self.trainer.engine.executor.recorder = _Silent()
 
     def step(self) -> None:
         self.trainer.step()
+
+    def simulated_over_measured(self) -> float | None:
+        """The last step's length by the simulator, fed with its own records, over its measured length; on rank 0."""
+        self.trainer.write_timeline()
+        if not self.trainer.context.is_first:
+            return None
+        timeline = load_timeline(self.trainer.context.run)
+        return simulated_step(timeline) / timeline.seconds
+
+
+class _Silent(Recorder):
+    """Records nothing, to see what recording costs."""
+
+    def restart(self) -> None:
+        pass
+
+    def begin(self, kind: str, micro_batch: int | None = None, chunk: int = 0) -> None:
+        pass
+
+    def arrived(self) -> None:
+        pass
+
+    def end(self, waited: bool = False) -> None:
+        pass
 
 
 def build(name: str, work: Work, rank: int, folder: Path) -> System:
@@ -287,4 +315,4 @@ def build(name: str, work: Work, rank: int, folder: Path) -> System:
     }
     if name in makers:
         return makers[name]()
-    return Llmpipe(Plan.load(folder / f"{name}.json"), folder, rank)
+    return Llmpipe(Plan.load(folder / f"{name}.json"), folder, rank, recording=not name.endswith("-unrecorded"))

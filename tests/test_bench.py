@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from llmpipe_cli.cli.app import app
 from llmpipe_cli.cli.bench import combinations
 from llmpipe_cli.errors import UsageError
-from llmpipe_cli.report.bench import Contender, bench_rows, bench_table
+from llmpipe_cli.report.bench import Contender, bench_rows, bench_table, plot, split_table
 
 
 def test_combinations() -> None:
@@ -51,7 +51,16 @@ def test_rows_of_real_runs(tmp_path: Path) -> None:
     assert two["efficiency"] == pytest.approx(two["speedup"] / 2)
     assert len(two["memory_bytes"]) == 2
     assert 0.0 <= one["bubble_fraction"] < two["bubble_fraction"] < 1.0
-    assert bench_table([one, two], 0).row_count == 2
+    assert bench_table([one, two], 0).row_count == split_table([one, two]).row_count == 2
+    for row in (one, two):
+        assert sum(row["step_split"].values()) == pytest.approx(1.0, abs=1e-6)
+        assert row["step_split"]["busy"] > 0.0
+        assert row["mfu"] is None, "a core's peak is not known"
+    assert one["step_split"]["wait_activations"] < 0.01 < two["step_split"]["wait_activations"]
+    assert plot([one, two], tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    known = Contender("x", contenders[1].layout, "zb-h1", contenders[1].runs, flops_per_token=6e5, peak_flops=1e9)
+    (row,) = bench_rows([known], baseline=0, warmup=1)
+    assert row["mfu"] == pytest.approx(row["tokens_per_second"] * 6e5 / 2e9)
 
 
 def test_dry_run_starts_nothing_and_measures_each_work_once(tmp_path: Path) -> None:

@@ -319,6 +319,7 @@ BROKEN: list[tuple[str, str, str, str, str]] = [
         "cannot be interleaved",
         "2 or more",
     ),
+    ("1-bit Adam", HEAD + "train: {optimizer: OneBitAdam}", "3:20", "expects adamw", "wire_dtype: bf16"),
     ("zb-v", HEAD + "parallel: {schedule: zb-v, interleave: 3}", "3:40", "zb-v has 2 parts a stage", "leave"),
     ("virtual stages", HEAD + "parallel: {virtual_stages: 2}", "3:28", "has one part a stage", "interleaved"),
     (
@@ -360,7 +361,7 @@ BROKEN: list[tuple[str, str, str, str, str]] = [
         "wider wire",
         "name: x\nmodel: {from: a, dtype: bf16}\nparallel: {wire_dtype: fp32}",
         "3:24",
-        "is not available",
+        "gains nothing",
         "auto",
     ),
     ("stride", HEAD + "task: chat\ndata: {stride: 64}", "4:16", "`stride` is for question-answering", "leave it out"),

@@ -47,6 +47,9 @@ def bench(
     rounds: Annotated[
         int, typer.Option("--rounds", metavar="N", min=1, help="Runs of each, in turn with the others.")
     ] = 2,
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="FILE", help="Draw speeds and step times into a PNG or SVG.")
+    ] = None,
     set_: SetOption = None,
     devices: DevicesOption = None,
     launcher: LauncherOption = None,
@@ -55,7 +58,7 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Measure training throughput: layouts and schedules side by side, and the speed-up over one device."""
-    from llmpipe_cli.report.bench import Contender, bench_rows, bench_table
+    from llmpipe_cli.report.bench import Contender, bench_rows, bench_table, plot, split_table
 
     variants = [(_name(changes), [*(set_ or []), *changes]) for changes in combinations(compare or [])]
     # Unlike training's own length, evaluations and checkpoints, which a bench leaves out.
@@ -72,7 +75,12 @@ def bench(
     if plans[0][2].device == "cpu":
         # A device is a fixed number of cores, whatever the layout, or one device would have all of them.
         environment.setdefault("OMP_NUM_THREADS", str(_threads(max(plan.layout.num_ranks for _, _, plan in plans))))
-    contenders = [Contender(name, plan.layout.model_dump(), plan.schedule) for name, _, plan in plans]
+    contenders = [
+        Contender(
+            name, plan.layout.model_dump(), plan.schedule, flops_per_token=_flops(plan), peak_flops=_peak(plan, options)
+        )
+        for name, _, plan in plans
+    ]
     for number in range(rounds):
         for contender, (name, one, plan) in zip(contenders, plans, strict=True):
             console.say(f"round {number + 1} of {rounds}: {name}")
@@ -87,6 +95,10 @@ def bench(
         console.print_json({"rows": rows, "baseline": rows[baseline]["system"], "pairs": rounds})
     else:
         console.stdout().print(bench_table(rows, baseline))
+        console.stdout().print()
+        console.stdout().print(split_table(rows))
+    if png is not None:
+        console.say(f"wrote {plot(rows, png)}")
 
 
 def combinations(compare: Sequence[str]) -> list[list[str]]:
@@ -124,6 +136,25 @@ def _distinct(plans: list[tuple[str, LoadedRecipe, Plan]]) -> list[tuple[str, Lo
             del work["schedule"]
         kept.setdefault(json.dumps(work, sort_keys=True), (name, loaded, plan))
     return list(kept.values())
+
+
+def _flops(plan: Plan) -> float:
+    """Floating-point operations a token: the backward pass has twice the forward pass's."""
+    from llmpipe_cli.model.slicing.plan import SlicePlan
+
+    sequence_len = plan.recipe["data"]["sequence_len"]
+    return 3.0 * sum(SlicePlan.from_json(plan.slice_plan).flops(sequence_len)) / sequence_len
+
+
+def _peak(plan: Plan, options: jobs.LaunchOptions) -> float | None:
+    """What a device of this machine can do a second, where the table of devices has it. Processor cores differ."""
+    from llmpipe_cli.plan.devices import match_device
+
+    if plan.device == "cpu":
+        return None
+    devices = jobs.devices_for(options)
+    device = match_device(devices.name, devices.memory_bytes)
+    return device.peak(plan.recipe["model"]["dtype"]) if device is not None else None
 
 
 def _threads(num_ranks: int) -> int:

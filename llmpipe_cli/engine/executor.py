@@ -92,6 +92,7 @@ class StageExecutor:
         module: the stage.
         device: device of this rank.
         seeder: seeds dropout by micro-batch; none for a model that draws nothing.
+        wire: what fp32 tensors travel as between stages, if not as they are.
 
     Attributes:
         recorder: when each instruction waited and worked.
@@ -99,7 +100,13 @@ class StageExecutor:
             chunks each counts for itself.
     """
 
-    def __init__(self, module: StageModule, device: torch.device, seeder: DrawSeeder | None = None) -> None:
+    def __init__(
+        self,
+        module: StageModule,
+        device: torch.device,
+        seeder: DrawSeeder | None = None,
+        wire: torch.dtype | None = None,
+    ) -> None:
         self.module, self.device = module, device
         self.recorder = Recorder()
         self.peak_activations = 0
@@ -110,7 +117,7 @@ class StageExecutor:
         self._outputs: dict[Key, Any] = {}  # what they became
         self._weight_gradients: WeightGradients | None = module.weight_gradients
         self._postponed: dict[Key, Pending] = {}  # weight gradients of micro-batches, to be computed
-        self._chunks = _connect(module, device)
+        self._chunks = _connect(module, device, wire)
 
     def run(
         self,
@@ -227,7 +234,7 @@ class StageExecutor:
         return [i for i, tensor in enumerate(tensors) if tensor.is_floating_point() and i not in gradient_free]
 
 
-def _connect(module: StageModule, device: torch.device) -> list[_Chunk]:
+def _connect(module: StageModule, device: torch.device, wire: torch.dtype | None) -> list[_Chunk]:
     """The ends of this stage's chunks, and the communicators they need; all ranks call this together.
 
     There is a communicator for each direction and pair of chunks that a boundary can lie between, so that each carries
@@ -250,8 +257,8 @@ def _connect(module: StageModule, device: torch.device) -> list[_Chunk]:
             else:
                 activations, gradients = groups[before, chunk]
                 peer = grid.stage_to_global(stage_id=stage)
-                ends["activations_in"] = Receiver(peer, activations, device, plan.num_carried(bounds[part]))
-                ends["gradients_out"] = Sender(peer, gradients, device)
+                ends["activations_in"] = Receiver(peer, activations, device, plan.num_carried(bounds[part]), wire=wire)
+                ends["gradients_out"] = Sender(peer, gradients, device, wire)
         if part + 1 < placement.num_parts:
             stage, after = owners[part + 1]
             ends["gradient_free_out"] = frozenset(plan.gradient_free(bounds[part + 1]))
@@ -261,7 +268,7 @@ def _connect(module: StageModule, device: torch.device) -> list[_Chunk]:
             else:
                 activations, gradients = groups[chunk, after]
                 peer = grid.stage_to_global(stage_id=stage)
-                ends["activations_out"] = Sender(peer, activations, device)
-                ends["gradients_in"] = Receiver(peer, gradients, device)
+                ends["activations_out"] = Sender(peer, activations, device, wire)
+                ends["gradients_in"] = Receiver(peer, gradients, device, wire=wire)
         chunks.append(_Chunk(**ends))
     return chunks

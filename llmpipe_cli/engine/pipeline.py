@@ -85,7 +85,9 @@ class Engine(PipelineEngine):
             config=config,
             config_class=DeepSpeedConfig(config, module.mpu()),
         )
-        self.executor = StageExecutor(module, self.device, DrawSeeder(train.seed, self.device))
+        narrow = plan.recipe["parallel"]["wire_dtype"] == "bf16"
+        seeder = DrawSeeder(train.seed, self.device)
+        self.executor = StageExecutor(module, self.device, seeder, torch.bfloat16 if narrow else None)
         if module.weight_gradients is not None:
             plain = not (self.fp16_enabled() or self.bfloat16_enabled() or self.zero_optimization())
             module.weight_gradients.direct = plain  # no hook of a DeepSpeed optimizer waits for gradients

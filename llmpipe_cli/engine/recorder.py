@@ -46,6 +46,11 @@ class OpenPiece(NamedTuple):
     begin: float
 
 
+PARTS = ("busy", "wait_activations", "wait_gradients", "send", "reduce", "optimizer", "data")
+"""What a step's time is spent on: computing passes, waiting for the input of forward and of backward passes, waiting
+until everything is sent, reducing gradients and their norm (with the wait for other stages), the optimizer, reading."""
+
+_INSTRUCTIONS = frozenset("FBIW")
 _NOTHING: tuple[str, int | None, int] = ("", None, 0)
 # Pieces that wait for their input before they work, and pieces that are nothing but an exchange with other ranks.
 _WITH_INPUT = frozenset("FBI")
@@ -98,7 +103,15 @@ class Recorder:
             for kind, index, chunk, *moments in self._rows
         ]
 
-    def busy_and_wait_seconds(self) -> tuple[float, float]:
-        """Seconds of work and of waiting in the instructions since `restart`."""
-        rows = [row for row in self._rows if row[1] is not None]
-        return sum(row[5] - row[4] for row in rows), sum(row[4] - row[3] for row in rows)
+    def seconds(self) -> dict[str, float]:
+        """Where the time since `restart` went: see `PARTS`."""
+        parts = dict.fromkeys(PARTS, 0.0)
+        for kind, _, _, begin, start, end in self._rows:
+            if kind in _INSTRUCTIONS:
+                parts["busy"] += end - start
+                parts["wait_activations" if kind == "F" else "wait_gradients"] += start - begin
+            elif kind in ("reduce", "norm"):
+                parts["reduce"] += end - begin
+            elif kind in parts:
+                parts[kind] += end - begin
+        return parts

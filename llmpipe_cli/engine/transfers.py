@@ -6,6 +6,8 @@ fresh tensors; a sent tensor is kept alive until its request is done; nothing wa
 
 Between two chunks of the same stage nothing travels: a `Handover` is both ends.
 
+On slow links fp32 tensors can travel as bf16 (`wire`): they are rounded when sent and widened when received.
+
 Both ends know the batch a message belongs to. Shapes are therefore sent only once for every new combination of input
 shapes: the sender puts a header in front, and both ends remember it under the same key.
 """
@@ -45,6 +47,11 @@ def _decode(header: torch.Tensor) -> list[Spec]:
     return [(_DTYPES[row[0]], tuple(row[2 : 2 + row[1]])) for row in header.tolist()]
 
 
+def _on_wire(dtype: torch.dtype, wire: torch.dtype | None) -> torch.dtype:
+    """What a tensor of this dtype travels as."""
+    return wire if wire is not None and dtype == torch.float32 else dtype
+
+
 class Sender:
     """Sends groups of tensors to one peer and keeps them alive until they are gone.
 
@@ -52,10 +59,13 @@ class Sender:
         peer: global rank of the receiver.
         group: process group of this direction.
         device: device of header tensors.
+        wire: what fp32 tensors travel as, if not as they are.
     """
 
-    def __init__(self, peer: int, group: dist.ProcessGroup, device: torch.device) -> None:
-        self._peer, self._group, self._device = peer, group, device
+    def __init__(
+        self, peer: int, group: dist.ProcessGroup, device: torch.device, wire: torch.dtype | None = None
+    ) -> None:
+        self._peer, self._group, self._device, self._wire = peer, group, device, wire
         self._pending: deque[tuple[dist.Work, torch.Tensor]] = deque()
         self._known: set[Hashable] = set()
 
@@ -66,7 +76,8 @@ class Sender:
             specs = [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
             self._start(_encode(specs).to(self._device))
         for tensor in tensors:
-            self._start(tensor.detach().contiguous())
+            detached = tensor.detach()
+            self._start(detached.to(_on_wire(tensor.dtype, self._wire)).contiguous())
         while self._pending and self._pending[0][0].is_completed():
             self._pending.popleft()
 
@@ -91,16 +102,23 @@ class Receiver:
         device: device of the received tensors.
         num_tensors: tensors in a group when the shapes come with a header.
         ahead: groups that may be in flight before the first one is asked for.
+        wire: what fp32 tensors travel as, if not as they are.
     """
 
     def __init__(
-        self, peer: int, group: dist.ProcessGroup, device: torch.device, num_tensors: int = 0, ahead: int = 2
+        self,
+        peer: int,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        num_tensors: int = 0,
+        ahead: int = 2,
+        wire: torch.dtype | None = None,
     ) -> None:
-        self._peer, self._group, self._device = peer, group, device
+        self._peer, self._group, self._device, self._wire = peer, group, device, wire
         self._num_tensors, self._ahead = num_tensors, ahead
         self._known: dict[Hashable, list[Spec]] = {}
         self._announced: deque[tuple[Hashable | None, list[Spec] | None]] = deque()
-        self._posted: deque[list[tuple[torch.Tensor, dist.Work | None]]] = deque()
+        self._posted: deque[list[tuple[torch.Tensor, dist.Work | None, torch.dtype]]] = deque()
 
     def announce(self, key: Hashable | None, specs: list[Spec] | None = None) -> None:
         """Say that a group will come next: by `key` when a header tells its shapes, or by its `specs`."""
@@ -114,10 +132,10 @@ class Receiver:
             specs = self._specs(key, specs)
             self._posted.append(self._post(self._receive_header(key) if specs is None else specs))
         tensors = []
-        for tensor, work in self._posted.popleft():
+        for tensor, work, dtype in self._posted.popleft():
             if work is not None:
                 work.wait()
-            tensors.append(tensor)
+            tensors.append(tensor.to(dtype))
         self._post_ahead()
         return tensors
 
@@ -133,12 +151,12 @@ class Receiver:
             self._announced.popleft()
             self._posted.append(self._post(specs))
 
-    def _post(self, specs: list[Spec]) -> list[tuple[torch.Tensor, dist.Work | None]]:
+    def _post(self, specs: list[Spec]) -> list[tuple[torch.Tensor, dist.Work | None, torch.dtype]]:
         posted = []
         for dtype, shape in specs:
-            tensor = torch.empty(shape, dtype=dtype, device=self._device)
+            tensor = torch.empty(shape, dtype=_on_wire(dtype, self._wire), device=self._device)
             work = dist.irecv(tensor, self._peer, group=self._group) if tensor.numel() else None
-            posted.append((tensor, work))
+            posted.append((tensor, work, dtype))
         return posted
 
     def _receive_header(self, key: Hashable) -> list[Spec]:

@@ -7,16 +7,22 @@ micro_batch_size auto -> the largest divisor of the samples a replica and step, 
           four micro-batches a stage (fewer stay idle that way: the bubble of 1F1B is (p - 1) / (m + p - 1))
 zero_stage auto -> 1 with bf16 or fp16 (which need it) or with several replicas, else 0
 activation_checkpointing auto -> none
-schedule  auto -> zb-h1, or 1f1b with one stage or with activation checkpointing (whose recomputed activations
-          postponed weight gradients would keep alive)
+schedule  auto -> the shorter step of 1f1b and zb-h1, played through with times modelled by FLOPs; 1f1b with one
+          stage or with activation checkpointing (whose recomputed activations postponed weight gradients would keep
+          alive)
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
+from llmpipe_cli.engine.schedules import SCHEDULES, Schedule
 from llmpipe_cli.errors import PreflightError, UsageError
+from llmpipe_cli.model.slicing.plan import SlicePlan
+from llmpipe_cli.plan.partition import balance_parts
 from llmpipe_cli.plan.plan import Layout, ScheduleName
+from llmpipe_cli.plan.simulate import StageCosts, simulate_schedule
 from llmpipe_cli.recipe.schema import Recipe
 
 
@@ -111,10 +117,53 @@ def choose_zero_stage(recipe: Recipe, layout: Layout) -> Literal[0, 1]:
     return 1 if layout.data > 1 and recipe.train.optimizer != "adafactor" else 0
 
 
-def choose_schedule(recipe: Recipe, layout: Layout) -> ScheduleName:
-    """Order of forward and backward passes."""
-    schedule = recipe.parallel.schedule
-    if schedule == "auto":
-        recomputes = recipe.parallel.activation_checkpointing in ("selective", "full")
-        return "1f1b" if layout.pipeline == 1 or recomputes else "zb-h1"
-    return schedule
+# Schedules that keep no more activations on any stage than 1F1B does on its first; the simplest first.
+_CANDIDATES: tuple[ScheduleName, ...] = ("1f1b", "zb-h1")
+_WORTHWHILE = 0.01  # share of the step that a less simple schedule has to save
+_TRANSFER = 0.03  # a transfer's time, as a share of a stage's mean forward pass
+_SIMULATED_MICRO_BATCHES = 8  # a stage; more of them change no order between the candidates
+
+
+def choose_schedule(recipe: Recipe, layout: Layout, plan: SlicePlan, num_micro_batches: int) -> ScheduleName:
+    """Order of forward and backward passes; auto plays the candidates through with times modelled by FLOPs.
+
+    Args:
+        recipe: the recipe.
+        layout: the layout.
+        plan: how the model is cut into segments, with their costs.
+        num_micro_batches: micro-batches of a step and replica.
+    """
+    parallel = recipe.parallel
+    if parallel.schedule != "auto":
+        return parallel.schedule
+    if layout.pipeline == 1 or parallel.activation_checkpointing in ("selective", "full"):
+        return "1f1b"
+    best, shortest = _CANDIDATES[0], float("inf")
+    for name in _CANDIDATES:
+        chunks = SCHEDULES[name].chunks or 1
+        if layout.pipeline * chunks > plan.num_segments or (chunks > 1 and isinstance(parallel.partition, list)):
+            continue
+        seconds = _modelled_step(recipe, SCHEDULES[name], layout.pipeline, plan, num_micro_batches)
+        if seconds < shortest * (1.0 - _WORTHWHILE):
+            best, shortest = name, seconds
+    return best
+
+
+def _modelled_step(
+    recipe: Recipe, schedule: Schedule, num_stages: int, plan: SlicePlan, num_micro_batches: int
+) -> float:
+    """Length of a step in FLOPs: a matrix product has the same work in its forward pass and in the gradients of its
+    input and of its weight; attention has no weights, and twice its work in the backward pass."""
+    placement, sequence_len = schedule.placement(num_stages), recipe.data.sequence_len
+    bounds = balance_parts(plan.flops(sequence_len), placement)
+    if isinstance(recipe.parallel.partition, list):
+        bounds = [0, *itertools.accumulate(recipe.parallel.partition)]
+    costs = []
+    for start, stop in itertools.pairwise(bounds):
+        products = sum(segment.flops_per_token * sequence_len for segment in plan.segments[start:stop])
+        attention = sum(segment.flops_per_token_squared * sequence_len**2 for segment in plan.segments[start:stop])
+        weights = 0.0 if recipe.lora is not None else products
+        costs.append(StageCosts(products + attention, products + 2.0 * attention, weights))
+    transfer = _TRANSFER * sum(cost.forward for cost in costs) / num_stages
+    count = min(num_micro_batches, _SIMULATED_MICRO_BATCHES * num_stages)
+    return simulate_schedule(schedule, costs, count, transfer).step

@@ -101,7 +101,7 @@ def make_plan(
     slice_plan = learning.slice_plan
     layout = choose_layout(recipe, num_devices, device, slice_plan.num_segments)
     micro_batch_size, num_micro_batches = choose_micro_batch_size(recipe, layout)
-    schedule = choose_schedule(recipe, layout)
+    schedule = choose_schedule(recipe, layout, slice_plan, num_micro_batches)
     # Evaluation and generation have nothing to gain from several parts a stage.
     chunks = SCHEDULES[schedule].chunks or recipe.parallel.num_chunks if job in ("train", "bench") else 1
     placement = SCHEDULES[schedule].placement(layout.pipeline, chunks) if chunks > 1 else Placement(layout.pipeline)

@@ -338,8 +338,8 @@ def _precision(context: _Context) -> Iterator[Finding]:
         message = f"adafactor does not work with {reason}: its row and column statistics cannot be cut into flat slices"
         yield Finding(("train.optimizer", "parallel.zero_stage", "model.dtype"), message, "write optimizer: adamw")
     wire = recipe.parallel.wire_dtype
-    if wire not in ("auto", dtype):
-        message = f"sending {wire} between stages that compute in {dtype} is not available in this version"
+    if wire not in ("auto", dtype) and (wire, dtype) != ("bf16", "fp32"):
+        message = f"sending {wire} between stages that compute in {dtype} gains nothing"
         yield Finding(("parallel.wire_dtype", "model.dtype"), message, "write wire_dtype: auto")
 
 

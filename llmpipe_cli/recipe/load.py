@@ -562,6 +562,10 @@ def _range(schema: dict[str, Any]) -> str:
     return f" {' and '.join(parts)}" if parts else ""
 
 
+_COMPRESSED = (
+    "write adamw: compressed optimizers keep an exchange between replicas of their own, which pipelines do not call, "
+    "and DeepSpeed has dropped them; for slow links between stages write wire_dtype: bf16 under parallel:"
+)
 _ZERO_2 = (
     "write 0 or 1: a pipeline adds up gradients over many micro-batches, and ZeRO 2 and 3 would have to exchange them "
     "for each one"
@@ -579,6 +583,8 @@ def _value_hint(dotted: str, node: Node, words: str, info: FieldInfo) -> str | N
         ours = names.VALUES.get(dotted, {}).get(value.lower())
         if ours is not None:
             return f"write {ours}"
+        if dotted == "train.optimizer" and value.lower() in names.COMPRESSED_OPTIMIZERS:
+            return _COMPRESSED
         if words == "true or false" and value.lower() in ("yes", "on", "y", "no", "off", "n"):
             return f"write {'true' if value.lower() in ('yes', 'on', 'y') else 'false'}"
         if "number" in words and re.fullmatch(r"\s*[-+]?[\d_.]+(e[-+]?\d+)?\s*", value, re.IGNORECASE):

@@ -191,6 +191,9 @@ NOT_HERE: dict[str, str] = {
     "max_epochs": "write `num_train_epochs` under train:",
 }
 
+COMPRESSED_OPTIMIZERS = ("onebitadam", "zerooneadam", "onebitlamb")
+"""DeepSpeed's optimizers that compress what replicas exchange."""
+
 # Values that other tools use -> ours, a dotted field each.
 VALUES: dict[str, dict[str, str]] = {
     "model.dtype": {

@@ -221,7 +221,8 @@ class ParallelSection(Section):
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """Recompute activations in the backward pass instead of keeping them."""
     wire_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format between stages; auto keeps the model's."""
+    """Number format of activations and their gradients between stages; auto keeps the model's. bf16 halves what fp32
+    stages send, and rounds it."""
 
     @property
     def num_chunks(self) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from llmpipe_cli.engine.recorder import PARTS
 from llmpipe_cli.report import formats
 from llmpipe_cli.report.timeline import load_timeline, summary
 from llmpipe_cli.run import RunDirectory, read_metrics
@@ -23,12 +25,16 @@ class Contender:
         layout: pipeline, tensor and data.
         schedule: the schedule's name.
         runs: one a round.
+        flops_per_token: floating-point operations of the model's forward and backward pass, recomputation left out.
+        peak_flops: what one device can do a second; none where that is not known.
     """
 
     name: str
     layout: dict[str, int]
     schedule: str
     runs: list[RunDirectory] = field(default_factory=list)
+    flops_per_token: float = 0.0
+    peak_flops: float | None = None
 
     @property
     def num_devices(self) -> int:
@@ -56,6 +62,9 @@ def bench_rows(contenders: Sequence[Contender], baseline: int, warmup: int) -> l
         facts = [summary(load_timeline(run)) for run in contender.runs]
         steps = [line for run in contender.runs for line in _steps(run)[warmup:]]
         num_stages = contender.layout["pipeline"]
+        mfu = None
+        if contender.peak_flops is not None:
+            mfu = statistics.median(own) * contender.flops_per_token / (contender.peak_flops * contender.num_devices)
         rows.append(
             {
                 "system": contender.name,
@@ -70,11 +79,77 @@ def bench_rows(contenders: Sequence[Contender], baseline: int, warmup: int) -> l
                 "bubble_fraction": statistics.median(fact["bubble_fraction"] for fact in facts),
                 "simulated_bubble_fraction": statistics.median(fact["simulated_bubble_fraction"] for fact in facts),
                 "memory_bytes": [max(line["memory_bytes"][stage] for line in steps) for stage in range(num_stages)],
-                "mfu": None,
+                "mfu": mfu,
+                "step_split": _split(steps),
                 "runs": [str(run.path) for run in contender.runs],
             }
         )
     return rows
+
+
+def _split(steps: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Share of the step that the stages spend on each part, their mean; the rest is ``other``."""
+    total = sum(line["step_seconds"] * len(line["stages"]) for line in steps)
+    shares = {
+        part: sum(stage[f"{part}_seconds"] for line in steps for stage in line["stages"]) / total for part in PARTS
+    }
+    return {**shares, "other": max(0.0, 1.0 - sum(shares.values()))}
+
+
+def split_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Where the step's time goes, for a terminal."""
+    table = Table(box=None, header_style="bold", pad_edge=False, caption="share of the step, mean of the stages")
+    table.caption_justify = "left"
+    table.add_column("system")
+    for part in rows[0]["step_split"]:
+        table.add_column(_PART_NAMES.get(part, part), justify="right")
+    for row in rows:
+        table.add_row(row["system"], *(f"{share:.1%}" for share in row["step_split"].values()))
+    return table
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Draw tokens/s with their range and what the steps consist of into a PNG or SVG, by the name's ending."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [f"{row['system']}\n{formats.layout(row['layout'])}, {row['schedule']}" for row in rows]
+    figure, (speed, parts) = plt.subplots(
+        1, 2, figsize=(11, 1.4 + 0.5 * len(rows)), layout="constrained", sharey=True, width_ratios=(2, 3)
+    )
+    middles = [row["tokens_per_second"] for row in rows]
+    ranges = [[abs(row["tokens_per_second_range"][end] - row["tokens_per_second"]) for row in rows] for end in (0, 1)]
+    speed.barh(names, middles, xerr=ranges, color="#3b6fd4", error_kw={"elinewidth": 1})
+    speed.set_xlabel("tokens a second")
+    speed.invert_yaxis()
+    left = [0.0] * len(rows)
+    for part, color in _PART_COLORS.items():
+        shares = [row["step_split"][part] for row in rows]
+        parts.barh(names, shares, left=left, color=color, label=_PART_NAMES.get(part, part))
+        left = [start + share for start, share in zip(left, shares, strict=True)]
+    parts.set_xlim(0.0, 1.0)
+    parts.set_xlabel("share of the step, mean of the stages")
+    for axes in (speed, parts):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*parts.get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+_PART_NAMES = {"busy": "compute", "wait_activations": "wait for activations", "wait_gradients": "wait for gradients"}
+_PART_COLORS = {
+    "busy": "#3b6fd4",
+    "wait_activations": "#d9dde1",
+    "wait_gradients": "#b9c0c7",
+    "send": "#b8348b",
+    "reduce": "#d1603d",
+    "optimizer": "#5b4b9a",
+    "data": "#8a6d1d",
+    "other": "#f0e9d8",
+}
 
 
 def bench_table(rows: Sequence[dict[str, Any]], baseline: int) -> Table:
@@ -85,7 +160,7 @@ def bench_table(rows: Sequence[dict[str, Any]], baseline: int) -> Table:
     table.add_column("system")
     table.add_column("layout")
     table.add_column("schedule")
-    for name in ("tokens/s", "step s", "speed-up", "efficiency", "idle", "simulated", "memory"):
+    for name in ("tokens/s", "step s", "speed-up", "efficiency", "MFU", "idle", "simulated", "memory"):
         table.add_column(name, justify="right")
     for row in rows:
         low, high = row["speedup_range"]
@@ -97,6 +172,7 @@ def bench_table(rows: Sequence[dict[str, Any]], baseline: int) -> Table:
             f"{row['step_seconds']:.3f}",
             f"{row['speedup']:.3f} ({low:.3f} to {high:.3f})",
             f"{row['efficiency']:.2f}",
+            "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
             f"{row['bubble_fraction']:.1%}",
             f"{row['simulated_bubble_fraction']:.1%}",
             " ".join(formats.memory(value) for value in row["memory_bytes"]),

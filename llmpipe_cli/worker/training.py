@@ -30,6 +30,7 @@ from llmpipe_cli.engine.learning_rate import learning_rate_curve
 from llmpipe_cli.engine.loss import make_loss
 from llmpipe_cli.engine.manifest import point, remove_old, training_state
 from llmpipe_cli.engine.pipeline import Engine, StepResult
+from llmpipe_cli.engine.recorder import PARTS
 from llmpipe_cli.engine.saver import Saved, Saver
 from llmpipe_cli.errors import EXIT_STOPPED, CheckpointError, NumericsError
 from llmpipe_cli.model.adapters import CONFIG_FILE as ADAPTER_CONFIG
@@ -184,9 +185,8 @@ class Trainer:
         recorder.begin("data")
         batches = [self._load(step, index) for index in range(self.plan.num_micro_batches)]
         recorder.end()
-        data_seconds = time.perf_counter() - started
         result = self.engine.train_step(step, batches)
-        rows = self._exchange(result, batches, data_seconds)
+        rows = self._exchange(result, batches)
         self.position.step += 1
         loss = sum(row["loss_sum"] for row in rows) / max(result.num_targets, 1)
         num_auxiliary = sum(row["num_auxiliary"] for row in rows)
@@ -219,17 +219,14 @@ class Trainer:
         }
         return MicroBatch(index, inputs, self.task.num_targets(inputs))
 
-    def _exchange(self, result: StepResult, batches: list[MicroBatch], data_seconds: float) -> list[dict[str, float]]:
+    def _exchange(self, result: StepResult, batches: list[MicroBatch]) -> list[dict[str, float]]:
         """Tell all ranks what happened on this one."""
         recorder = self.engine.executor.recorder
-        busy_seconds, wait_seconds = recorder.busy_and_wait_seconds()
         row = {
             "loss_sum": result.loss_sum,
             "auxiliary_sum": result.auxiliary_sum,
             "num_auxiliary": float(result.num_auxiliary),
-            "busy_seconds": busy_seconds,
-            "wait_seconds": wait_seconds,
-            "data_seconds": data_seconds,
+            **{f"{part}_seconds": seconds for part, seconds in recorder.seconds().items()},
             "memory_bytes": float(peak_memory_bytes(self.context.device)),
             "stop": float(self.context.stop.is_set()),
             "save_failed": float(self.saver.has_failed),
@@ -248,11 +245,11 @@ class Trainer:
         stages = []
         for stage in range(self.plan.layout.pipeline):
             members = rows[stage * width : (stage + 1) * width]
-            times = {
-                name: sum(row[name] for row in members) / width
-                for name in ("busy_seconds", "wait_seconds", "data_seconds")
-            }
-            stages.append({**times, "memory_bytes": int(max(row["memory_bytes"] for row in members))})
+            times = {f"{part}_seconds": sum(row[f"{part}_seconds"] for row in members) / width for part in PARTS}
+            waiting = times["wait_activations_seconds"] + times["wait_gradients_seconds"]
+            stages.append(
+                {**times, "wait_seconds": waiting, "memory_bytes": int(max(row["memory_bytes"] for row in members))}
+            )
         return stages
 
     def _check_numbers(self, loss: float, result: StepResult) -> None:

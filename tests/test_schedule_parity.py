@@ -1,0 +1,208 @@
+"""Every schedule against one Hugging Face process, on real ranks: losses, gradient norms, weights, activation memory.
+
+The instruction order that ranks recorded is played through with published times, so that what was run, and not only
+what was planned, has the published bubbles.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import Job, final_weights, losses, steps, train_plain
+from rank_pool import RankPool
+from test_schedules import memory_formula
+
+from llmpipe_cli.engine.schedules import SCHEDULES
+from llmpipe_cli.plan.resolve import make_plan
+from llmpipe_cli.plan.simulate import StageCosts, simulate
+from llmpipe_cli.report.timeline import Timeline, load_timeline
+from llmpipe_cli.run import RunDirectory
+
+# 6 layers, embedding and head: 8 segments, so that four stages can hold two parts each.
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4}
+NAMES = list(SCHEDULES)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    with RankPool(4) as members:
+        yield members
+
+
+def _job(folder: Path, num_micro_batches: int, **train: Any) -> Job:
+    """A model whose embedding and head are tied; clipping is active."""
+    config = {"model_type": "llama", **SMALL, "vocab_size": 96, "tie_word_embeddings": True}
+    return Job(
+        folder,
+        {
+            "name": f"m{num_micro_batches}",
+            "task": "causal-lm",
+            "model": {"config": config, "dropout": 0.0},
+            "data": {"train": {"synthetic": True}, "sequence_len": 16},
+            "train": {
+                "max_steps": 2,
+                "global_batch_size": num_micro_batches,
+                "micro_batch_size": 1,
+                "learning_rate": 1e-3,
+                "warmup_steps": 0,
+                "max_grad_norm": 0.1,
+                **train,
+            },
+        },
+    )
+
+
+class References:
+    """Jobs by their number of micro-batches, each trained once by a plain Hugging Face loop."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._known = folder, {}
+
+    def get(self, num_micro_batches: int) -> tuple[Job, Any]:
+        if num_micro_batches not in self._known:
+            job = _job(self._folder, num_micro_batches)
+            self._known[num_micro_batches] = (job, train_plain(job.plan()))
+        return self._known[num_micro_batches]
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> References:
+    return References(tmp_path_factory.mktemp("references"))
+
+
+def _check(run: RunDirectory, plain: Any, limit: float) -> None:
+    plain_losses, plain_norms, plain_weights = plain
+    assert losses(run) == pytest.approx(plain_losses, rel=1e-5)
+    assert [line["grad_norm"] for line in steps(run)] == pytest.approx(plain_norms, rel=1e-5)
+    assert min(plain_norms) > limit, "clipping was not active"
+    weights = final_weights(run)
+    for name, expected in plain_weights.items():
+        if name in weights:  # a tied name is saved once
+            torch.testing.assert_close(weights[name], expected, rtol=0, atol=1e-5)
+
+
+def _check_memory(timeline: Timeline, name: str, num_stages: int, num_micro_batches: int, chunks: int) -> None:
+    """Activations that the executor really kept, and no more than the order itself demands."""
+    placement = timeline.placement
+    orders = [[bar.instruction for bar in rank.instructions()] for rank in timeline.ranks]
+    played = simulate(orders, [StageCosts(1, 1, 1)] * placement.num_parts, 0.0, placement)
+    kept = [rank.peak_activations for rank in timeline.ranks]
+    assert kept == played.peak_activations
+    formula = [memory_formula(name, stage, num_stages, num_micro_batches, chunks) for stage in range(num_stages)]
+    assert all(mine <= most for mine, most in zip(kept, formula, strict=True))
+    if num_micro_batches >= 2 * num_stages:
+        assert kept == formula
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("num_stages", "num_micro_batches"), [(2, 2), (2, 8), (3, 7), (4, 4), (4, 16)])
+def test_schedule(name: str, num_stages: int, num_micro_batches: int, references: References, pool: RankPool) -> None:
+    """Tied weights, clipping; m from p to 4 p. The order recorded is the schedule's, and so is the memory."""
+    job, plain = references.get(num_micro_batches)
+    run = job.train(pool, parallel={"pipeline": num_stages, "schedule": name})
+    _check(run, plain, job.values["train"]["max_grad_norm"])
+    timeline, chunks = load_timeline(run), SCHEDULES[name].chunks or 2
+    for rank in timeline.ranks:
+        expected = SCHEDULES[name](rank.stage, num_stages, num_micro_batches)
+        assert [bar.instruction for bar in rank.instructions()] == expected
+    _check_memory(timeline, name, num_stages, num_micro_batches, chunks)
+
+
+def test_recorded_orders_have_the_published_bubbles(tmp_path: Path) -> None:
+    """Eight real ranks, 24 micro-batches: what they recorded, with the Zero Bubble paper's times for that size (Qi et
+    al. 2023), has its bubble rates. Three parts a stage are that paper's interleaved 1F1B."""
+    f, b, w, transfer = 18.522, 18.086, 9.337, 0.601
+    published = {"1f1b": 0.2431, "interleaved": 0.1055, "zb-h1": 0.1585, "zb-h2": 0.1083}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 22, "num_attention_heads": 2}
+    job = _job(tmp_path, 24, max_steps=1)
+    job.values["model"]["config"].update(sizes)
+    idle = {}
+    with RankPool(8) as eight:
+        for name in (*published, "zb-v"):
+            chunks = {"interleaved": 3, "zb-v": 2}.get(name, 1)
+            virtual = {"virtual_stages": chunks} if chunks > 1 else {}
+            plan = make_plan(
+                job.recipe(parallel={"pipeline": 8, "schedule": name, **virtual}), job.data, device="cpu", num_devices=8
+            )
+            run = job.start(plan)
+            eight.run_well(run, 8)
+            timeline = load_timeline(run)
+            orders = [[bar.instruction for bar in rank.instructions()] for rank in timeline.ranks]
+            costs = [StageCosts(f / chunks, b / chunks, w / chunks)] * (8 * chunks)
+            idle[name] = simulate(orders, costs, transfer, timeline.placement).bubble_fraction
+            assert len(steps(run)) == 1
+    for name, expected in published.items():
+        assert idle[name] == pytest.approx(expected, abs=0.02 if name == "interleaved" else 0.005), name
+    assert idle["zb-v"] < idle["zb-h1"]
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "zero1": {"parallel__zero_stage": 1},
+    "replicas": {"parallel__data": 2, "parallel__zero_stage": 1},
+    "checkpointing": {"parallel__activation_checkpointing": "full"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["interleaved", "zb-h2", "zb-v"])
+def test_variants(name: str, variant: str, references: References, pool: RankPool) -> None:
+    job, plain = references.get(8)
+    run = job.train(pool, parallel={"pipeline": 2, "schedule": name}, **VARIANTS[variant])
+    _check(run, plain, job.values["train"]["max_grad_norm"])
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "interleaved", "zb-h2", "zb-v"])
+def test_bf16_with_fp32_accumulation(schedule: str, references: References, pool: RankPool) -> None:
+    """The same as one bf16 stage: sums are made in fp32, so their order does not show."""
+    job, plain = references.get(8)
+    one = job.train(pool, parallel={"pipeline": 1}, model__dtype="bf16")
+    run = job.train(pool, parallel={"pipeline": 3, "schedule": schedule}, model__dtype="bf16")
+    assert losses(run) == pytest.approx(losses(one), rel=1e-5)
+    assert losses(run) == pytest.approx(plain[0], rel=5e-3)
+    weights = final_weights(run)
+    for name, expected in final_weights(one).items():
+        assert weights[name].dtype == torch.bfloat16
+        torch.testing.assert_close(weights[name], expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_layouts(seed: int, references: References, pool: RankPool) -> None:
+    """A random schedule, number of stages and of micro-batches, and chunks where they can be chosen."""
+    generator = random.Random(seed)
+    name, num_stages = generator.choice(NAMES), generator.randint(2, 4)
+    num_micro_batches = generator.choice([2, 4, 7, 8, 16])
+    parallel: dict[str, Any] = {"pipeline": num_stages, "schedule": name}
+    if name == "interleaved" and num_stages == 2:
+        parallel["virtual_stages"] = generator.randint(2, 4)
+    job, plain = references.get(num_micro_batches)
+    _check(job.train(pool, parallel=parallel), plain, job.values["train"]["max_grad_norm"])
+
+
+def test_checkpoints_over_placements(references: References, pool: RankPool) -> None:
+    """Saved by one placement, gone on from by another: the plain run's losses."""
+    job, (plain_losses, *_) = references.get(8)
+    layouts: list[dict[str, Any]] = [
+        {"pipeline": 2, "schedule": "zb-v"},
+        {"pipeline": 3, "schedule": "interleaved"},
+        {"pipeline": 2, "data": 2, "zero_stage": 1, "schedule": "zb-v"},
+        {"pipeline": 1},
+    ]
+    runs = [job.train(pool, parallel=parallel, checkpoint={"every_steps": 1}) for parallel in layouts]
+    for run, other in zip(runs, layouts[1:] + layouts[:1], strict=True):
+        resumed = job.train(pool, resume=run.checkpoint(1), parallel=other)
+        assert losses(resumed) == pytest.approx(plain_losses[1:], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-v"])
+def test_bf16_between_fp32_stages(name: str, references: References, pool: RankPool) -> None:
+    """Rounded on the way, and only there: near the plain run's losses, weights still fp32."""
+    job, (plain_losses, *_) = references.get(8)
+    run = job.train(pool, parallel={"pipeline": 3, "schedule": name, "wire_dtype": "bf16"})
+    assert losses(run) == pytest.approx(plain_losses, rel=1e-3)
+    assert losses(run) != pytest.approx(plain_losses, rel=1e-6), "nothing was rounded"
+    assert {weight.dtype for weight in final_weights(run).values()} == {torch.float32}
