@@ -12,6 +12,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -87,16 +88,16 @@ class Nodes:
         )
         if port == UNSHARED:
             before += f" && mount --bind '{self.private[index]}' '{self.folder}'"
-        command = f"mount --make-rprivate / && {before} && exec /usr/sbin/sshd -D -f {config}"
+        host = f"node-{'ab'[index]}"
+        command = f"hostname {host} && mount --make-rprivate / && {before} && exec /usr/sbin/sshd -D -f {config}"
         self.servers[index, port] = subprocess.Popen(
-            ["ip", "netns", "exec", self.names[index], "unshare", "-m", "sh", "-c", command],
+            ["ip", "netns", "exec", self.names[index], "unshare", "-m", "-u", "sh", "-c", command],
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
         end = time.monotonic() + 10
         while time.monotonic() < end:
-            with contextlib.suppress(subprocess.CalledProcessError):
-                self.inside(index, "sh", "-c", f"ss -Hltn 2>/dev/null | grep -q ':{port} '")
+            with contextlib.suppress(OSError), socket.create_connection((self.addresses[index], port), timeout=1):
                 return
             time.sleep(0.05)
         raise AssertionError("sshd does not start")
@@ -121,13 +122,24 @@ class Nodes:
         path.write_text("\n".join(lines) + "\n")
         return path
 
-    def processes(self, index: int) -> list[int]:
-        """Processes in a node's network namespace, its ssh servers and their sessions left out."""
+    def add_addresses(self, count: int) -> list[str]:
+        """More addresses, dealt to both nodes; those of earlier calls are among them."""
+        found = [f"{self._subnet}.{number}" for number in range(10, 10 + count)]
+        for number, address in enumerate(found):
+            _ip("-n", self.names[number % 2], "addr", "replace", f"{address}/24", "dev", "eth0")
+        return found
+
+    def add_hole(self, address: str) -> None:
+        """Let an address swallow packets: they are sent to a neighbour that is not there."""
+        _ip("neigh", "replace", address, "lladdr", "02:00:00:00:00:99", "dev", self._bridge, "nud", "permanent")
+
+    def processes(self, index: int, words: str = "") -> list[int]:
+        """Processes in a node's network namespace with these words in their command line, sshd's own left out."""
         found = []
         for line in _ip("netns", "pids", self.names[index]).split():
             with contextlib.suppress(OSError):
-                words = Path(f"/proc/{line}/cmdline").read_bytes()
-                if words and b"sshd" not in words:
+                command = Path(f"/proc/{line}/cmdline").read_bytes().replace(b"\0", b" ")
+                if command and b"sshd" not in command and words.encode() in command:
                     found.append(int(line))
         return found
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -76,18 +77,39 @@ def losses(run: RunDirectory) -> list[float]:
     return [line["loss"] for line in read_metrics(run.metrics) if "event" not in line]
 
 
-@pytest.mark.parametrize(("slots", "port", "layout"), [((1, 1), SHARED, (2, 1)), ((2, 2), UNSHARED, (2, 2))])
+@pytest.mark.parametrize(
+    ("launcher", "slots", "port", "layout"),
+    [
+        (["ssh"], (1, 1), SHARED, (2, 1)),
+        (["ssh"], (2, 2), UNSHARED, (2, 2)),
+        (["deepspeed"], (2, 2), UNSHARED, (2, 2)),
+        (["deepspeed", "runner=openmpi"], (1, 1), SHARED, (2, 1)),
+        (["mpi"], (1, 1), UNSHARED, (2, 1)),
+    ],
+    ids=["ssh", "ssh-unshared", "deepspeed-unshared", "deepspeed-openmpi", "mpi-unshared"],
+)
 def test_losses_equal_those_of_one_process(
-    nodes: Nodes, folder: Path, expected: list[float], slots: tuple[int, int], port: int, layout: tuple[int, int]
+    nodes: Nodes,
+    folder: Path,
+    expected: list[float],
+    launcher: list[str],
+    slots: tuple[int, int],
+    port: int,
+    layout: tuple[int, int],
 ) -> None:
-    """Two stages on shared files; two stages x two replicas where each node has files of its own."""
+    """Two stages, or two stages x two replicas; on shared files, or where each node has files of its own."""
+    tool = {"ssh": "ssh", "mpi": "mpirun"}.get(launcher[0], "ompi_info" if len(launcher) > 1 else "pdsh")
+    if shutil.which(tool) is None:
+        pytest.skip(f"{tool} is not installed")
     hosts = nodes.hostfile(folder / "hosts", slots, port)
+    options = [f"ssh-config={nodes.ssh_config}", *launcher[1:]]
     run = train(
-        folder, "tiny.yaml", "--hostfile", str(hosts), "--launcher-option", f"ssh-config={nodes.ssh_config}",
+        folder, "tiny.yaml", "--hostfile", str(hosts), "--launcher", launcher[0],
+        *(word for option in options for word in ("--launcher-option", option)),
         "--set", f"parallel.pipeline={layout[0]}", "--set", f"parallel.data={layout[1]}",
     )  # fmt: skip
     assert losses(run) == pytest.approx(expected, rel=1e-5)
-    assert len({read_json(run.rank_record(rank))["pid"] for rank in range(sum(slots))}) == sum(slots)
+    assert {read_json(run.rank_record(rank))["host"] for rank in range(sum(slots))} == {"node-a", "node-b"}
     verify(run.checkpoint(4))
     assert run.steps_saved() == [4]
     assert len(run.log_files()) == sum(slots)

@@ -253,6 +253,7 @@ def watch(job: Job, run: RunDirectory, progress: Progress, signals: StopSignals)
     reader = MetricsReader(run.metrics)
     view: View = make_view(progress, console.stderr())
     told = killed = False
+    note = ""
     view.start()
     try:
         while (outcome := job.poll()) is None:
@@ -264,6 +265,9 @@ def watch(job: Job, run: RunDirectory, progress: Progress, signals: StopSignals)
                 told = True
                 job.request_stop()
                 view.say("stopping: the ranks finish their step and save; Ctrl-C again kills them")
+            if job.note != note:
+                note = job.note
+                view.say(note)
             view.tick()
             time.sleep(_POLL_SECONDS)
         view.add(reader.read())

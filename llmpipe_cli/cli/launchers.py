@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llmpipe_cli.cluster.hostfile import Host
     from llmpipe_cli.cluster.launchers.base import Launcher
 
-NAMES = ("local", "ssh")
+NAMES = ("local", "ssh", "deepspeed", "mpi", "slurm")
 # Keys of --launcher-option, by launcher, with the type of their values.
 _SSH_OPTIONS: dict[str, type] = {
     "connect-timeout": int,
@@ -24,7 +24,25 @@ _SSH_OPTIONS: dict[str, type] = {
     "python": str,
     "master-port": int,
 }
-_OPTIONS: dict[str, dict[str, type]] = {"local": {}, "ssh": _SSH_OPTIONS}
+_SBATCH_OPTIONS = (
+    "account", "comment", "constraint", "cpus-per-task", "dependency", "exclude", "exclusive", "gres", "mem",
+    "nodelist", "partition", "qos", "reservation", "time",
+)  # fmt: skip
+_SLURM_OPTIONS: dict[str, type] = {
+    "nodes": int,
+    "gpus-per-node": int,
+    "ranks-per-node": int,
+    "signal-seconds": int,
+    "attempts": int,
+    **dict.fromkeys(_SBATCH_OPTIONS, str),
+}
+_OPTIONS: dict[str, dict[str, type]] = {
+    "local": {},
+    "ssh": _SSH_OPTIONS,
+    "deepspeed": {"runner": str, **_SSH_OPTIONS},
+    "mpi": _SSH_OPTIONS,
+    "slurm": _SLURM_OPTIONS,
+}
 
 
 @dataclass(frozen=True)
@@ -63,9 +81,27 @@ def make_launcher(name: str | None, flags: ClusterFlags | None = None) -> Launch
         if flags.hostfile is not None:
             raise UsageError("the local launcher has no nodes", where=f"--hostfile {flags.hostfile}")
         return LocalLauncher()
+    if name == "slurm":
+        return _slurm(options)
+    hosts, ssh, port = read_hosts(name, flags), ssh_options(options), options.get("master-port")
+    if name in ("deepspeed", "mpi"):
+        from llmpipe_cli.cluster.launchers.foreign import ForeignLauncher
+
+        way = options.get("runner", "pdsh") if name == "deepspeed" else "mpirun"
+        if way not in ("pdsh", "openmpi", "mpirun"):
+            raise UsageError(f"'{way}' is not a runner", where="--launcher-option runner", hint="pdsh or openmpi")
+        return ForeignLauncher(hosts, ssh, way, port=port, say=_say)
     from llmpipe_cli.cluster.launchers.ssh import SshLauncher
 
-    return SshLauncher(read_hosts(name, flags), ssh_options(options), port=options.get("master-port"), say=_say)
+    return SshLauncher(hosts, ssh, port=port, say=_say)
+
+
+def _slurm(options: Mapping[str, Any]) -> Launcher:
+    from llmpipe_cli.cluster.launchers.slurm import SlurmLauncher, SlurmOptions
+
+    asked = {key.replace("-", "_"): value for key, value in options.items() if key not in _SBATCH_OPTIONS}
+    sbatch = tuple((key, value) for key, value in options.items() if key in _SBATCH_OPTIONS)
+    return SlurmLauncher(SlurmOptions(**asked, sbatch=sbatch), say=_say)
 
 
 def read_hosts(name: str, flags: ClusterFlags) -> list[Host]:

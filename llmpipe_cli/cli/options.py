@@ -20,7 +20,9 @@ DevicesOption = Annotated[
 ]
 LauncherOption = Annotated[
     str | None,
-    typer.Option("--launcher", metavar="NAME", help="How ranks are started: local, ssh; by default what fits."),
+    typer.Option(
+        "--launcher", metavar="NAME", help="How ranks are started: local, ssh, slurm, ...; by default what fits."
+    ),
 ]
 LauncherOptionOption = Annotated[
     list[str] | None,

@@ -32,6 +32,7 @@ from typing import Any
 
 from llmpipe_cli.cluster.devices import num_cores
 from llmpipe_cli.cluster.facts import interface_to, node_facts
+from llmpipe_cli.cluster.foreign import job_file
 from llmpipe_cli.cluster.mirror import Outbox
 from llmpipe_cli.cluster.outcome import vanished_guardians
 from llmpipe_cli.cluster.processes import kill_commands
@@ -175,7 +176,7 @@ class _NodeJob:
         self._processes: RankProcesses | None = None
         if message["argv"] is None:
             # Another program starts the ranks; what they need waits for them in a file that only its owner reads.
-            _write_private(self.run.control / f"job-{self._mark}.json", json.dumps(environment))
+            _write_private(job_file(self.run, self._mark), json.dumps(environment))
         else:
             log = self.run.logs / message["launcher_log"]
             self._processes = RankProcesses(message["argv"], environment, log, self._mark)
@@ -209,7 +210,7 @@ class _NodeJob:
         else:
             kill_commands(self._mark)
             with contextlib.suppress(OSError):
-                (self.run.control / f"job-{self._mark}.json").unlink()
+                job_file(self.run, self._mark).unlink()
         self._ended = True
 
     def _sees_controllers_files(self, message: dict[str, Any]) -> bool:
@@ -229,7 +230,7 @@ class _NodeJob:
 def _environment(message: dict[str, Any]) -> dict[str, str]:
     """The variables of this node's ranks: the controller's, and what depends on the node where they leave it open."""
     given: dict[str, str] = message["environment"]
-    chosen = {"OMP_NUM_THREADS": str(max(1, num_cores() // len(message["ranks"])))}
+    chosen = {"OMP_NUM_THREADS": str(max(1, num_cores() // len(message["ranks"]))), "LLMPIPE_NODE": message["node"]}
     interface = interface_to(message["address"])
     if interface is not None:
         chosen |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}

@@ -158,6 +158,8 @@ def main() -> None:
     if argv[:1] == ["--"]:
         argv = argv[1:]
     die_with_parent(signal.SIGKILL)
+    # Meant for the ranks; torchrun would die of it where a whole job is signalled.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     parent = os.environ.pop(_PARENT_VARIABLE, None)
     if parent is not None and os.getppid() != int(parent):
         sys.exit(1)

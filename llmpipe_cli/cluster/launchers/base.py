@@ -81,6 +81,9 @@ class NodeCommand:
 class Job(ABC):
     """A started job. All calls return at once."""
 
+    note = ""
+    """What the user should know about how the job stands, such as its place in a queue; it may change."""
+
     @abstractmethod
     def poll(self) -> Outcome | None:
         """The outcome once all processes are gone, None while they run."""

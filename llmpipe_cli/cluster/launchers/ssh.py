@@ -67,8 +67,13 @@ class SshLauncher(Launcher):
 
     def devices(self, requested: int | None) -> Devices:
         self._hosts = _first_slots(self._hosts, requested)
-        self.check().raise_problems()
+        if not self._connections:
+            self.check().raise_problems()
         return preflight.common_devices(self._hosts, self._facts)
+
+    def use(self, hosts: Sequence[Host]) -> None:
+        """Take these nodes instead."""
+        self._hosts = hosts
 
     def planned_devices(self, requested: int | None) -> Devices:
         """The devices as the hostfile says, without reaching a node: they are taken to be of this machine's kind."""
@@ -96,6 +101,7 @@ class SshLauncher(Launcher):
         skews = [preflight.clock_offset(facts, sent, facts["heard"]) if facts else 0.0 for facts in self._facts]
         report = preflight.judge_facts(self._hosts, self._facts, skews)
         report.problems[:0] = unreachable
+        report.problems.sort(key=lambda problem: problem.exit_code)  # the hostfile's own mistakes first
         for warning in report.warnings:
             self._say(f"warning: {warning}")
         if report.problems:
@@ -204,13 +210,14 @@ class SshJob(Job):
                     "op": "run",
                     "run": str(spec.run.path),
                     "token": token,
-                    "mark": self.mark,
+                    "mark": self.node_mark(index),
                     "plan": spec.run.plan.read_text(encoding="utf-8") if spec.run.plan.exists() else "{}",
                     "argv": self.node_argv(command),
                     "environment": {
                         key: value for key, value in self.environment(command).items() if value != ON_THE_NODE
                     },
                     "ranks": list(node.ranks),
+                    "node": command.host,
                     "address": meeting.address,
                     "silence_seconds": silence_seconds,
                     "launcher_log": f"launcher-{index:03d}.log",
@@ -220,6 +227,10 @@ class SshJob(Job):
     def node_argv(self, command: NodeCommand) -> list[str] | None:
         """What the agent starts; None when ranks are started in another way."""
         return list(command.argv)
+
+    def node_mark(self, index: int) -> str:
+        """What one node's processes are marked with; nodes may be containers that see each other's processes."""
+        return f"{self.mark}-{index}"
 
     def environment(self, command: NodeCommand) -> Mapping[str, str]:
         """Variables of the node's ranks."""
