@@ -10,7 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +25,21 @@ ROOT = Path(__file__).parent.parent
 REASON = why_not()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
-RECIPE = """\
+RECIPE = f"""\
+extends: {ROOT}/recipes/demo.yaml
 name: tiny
-model:
-  config: {model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
-           num_key_value_heads: 2, vocab_size: 300, max_position_embeddings: 32}
-tokenizer: {train: {vocab_size: 300}}
-data:
-  train: {files: "corpus/*.txt"}
-  validation: {fraction: 0.2}
-  sequence_len: 32
-train: {max_steps: 4, global_batch_size: 8, micro_batch_size: 1, learning_rate: 1.0e-2, lr_scheduler_type: constant}
-checkpoint: {every_steps: 2, keep: 1}
+data: {{train: {{files: '{{stdlib}}/[a-c]*.py'}}, sequence_len: 32}}
+train: {{max_steps: 4, global_batch_size: 8, micro_batch_size: 1}}
+evaluation: {{every_steps: null}}
+checkpoint: {{every_steps: 2, keep: 1}}
 """
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with a recipe, a small corpus and its own cache."""
+    """A working directory with the demo recipe, cut to a few short steps, and its own cache."""
     path = tmp_path_factory.mktemp("work")
     (path / "tiny.yaml").write_text(RECIPE)
-    (path / "corpus").mkdir()
-    for number in range(20):
-        text = " ".join(f"the {(number * word) % 17}th fox of the corpus jumps over dog {word}." for word in range(40))
-        (path / "corpus" / f"{number}.txt").write_text(text)
     return path
 
 
@@ -63,14 +55,18 @@ def expected(folder: Path) -> list[float]:
     return losses(train(folder, "tiny.yaml", "--set", "parallel.pipeline=1"))
 
 
-def train(folder: Path, *arguments: str, exit_code: int = 0) -> RunDirectory:
-    command = [sys.executable, "-m", "llmpipe_cli", "train", *arguments, "--json"]
+def train(folder: Path, *arguments: str) -> RunDirectory:
+    return RunDirectory(Path(llmpipe(folder, "train", *arguments, "--json")["run"]))
+
+
+def llmpipe(folder: Path, *arguments: str) -> Any:
+    """Run a command as users do; its JSON document, if it prints one."""
+    command = [sys.executable, "-m", "llmpipe_cli", *arguments]
     added = {"LLMPIPE_CACHE": str(folder / "cache"), "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     environment = {**os.environ, **added, "OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
-    assert process.returncode == exit_code, process.stderr
-    document: dict[str, Any] = json.loads(process.stdout)
-    return RunDirectory(Path(document["run"]))
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout) if "--json" in arguments else None
 
 
 def losses(run: RunDirectory) -> list[float]:
@@ -115,3 +111,52 @@ def test_losses_equal_those_of_one_process(
     assert len(run.log_files()) == sum(slots)
     assert not nodes.processes(0)
     assert not nodes.processes(1)
+
+
+def test_detached_run_is_seen_and_cancelled_from_another_terminal(nodes: Nodes, folder: Path) -> None:
+    hosts = nodes.hostfile(folder / "hosts", (1, 1), UNSHARED)
+    config = f"ssh-config={nodes.ssh_config}"
+    run = train(
+        folder, "tiny.yaml", "--hostfile", str(hosts), "--launcher-option", config, "--detach",
+        "--set", "train.max_steps=100000", "--set", "checkpoint.every_steps=100000",
+    )  # fmt: skip
+    wait_for(lambda: len(losses(run)) >= 2)
+    assert runs(folder, "ls", "--json")["runs"][-1]["state"] == "running"
+    runs(folder, "cancel", run.name)
+    wait_for(run.status_file.exists)
+    shown = runs(folder, "show", run.name, "--json")
+    assert (shown["state"], shown["exit_code"]) == ("stopped", 75)
+    assert shown["step"] == len(losses(run)) >= 2
+    assert run.steps_saved() == [shown["step"]]
+    verify(run.checkpoint(shown["step"]))
+    assert not nodes.processes(0)
+    assert not nodes.processes(1)
+
+
+def test_dry_run_shows_each_node_and_reaches_none(folder: Path) -> None:
+    (folder / "nowhere").write_text("node-1.invalid slots=2\nroot@node-2.invalid:2222 slots=2\n")
+    document = llmpipe(
+        folder, "train", "tiny.yaml", "--hostfile", "nowhere", "--include", "node-1.invalid@node-2.invalid:1",
+        "--dry-run", "--json", "--env", "MY_API_KEY=secret",
+    )  # fmt: skip
+    first, second = document["commands"]
+    assert (first["host"], second["host"]) == ("node-1.invalid", "node-2.invalid")
+    assert "--nproc-per-node=2" in first["argv"]
+    assert {"--nproc-per-node=1", "--node-rank=1", "--nnodes=2"} <= set(second["argv"])
+    assert second["via"][:2] == ["ssh", "-T"]
+    assert second["via"][-5:-1] == ["-p", "2222", "--", "root@node-2.invalid"]
+    assert second["environment"]["MY_API_KEY"] == "********"
+    assert "secret" not in json.dumps(document["commands"])
+    assert document["layout"]["pipeline"] == 3
+    assert document["deepspeed_config"]["train_batch_size"] == 8
+
+
+def runs(folder: Path, *arguments: str) -> Any:
+    return llmpipe(folder, "runs", *arguments)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 90.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.1)

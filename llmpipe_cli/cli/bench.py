@@ -11,13 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmpipe_cli.cli import console, jobs
+from llmpipe_cli.cli.launchers import ClusterFlags
 from llmpipe_cli.cli.options import (
     DEFAULT_GRACE_SECONDS,
     DevicesOption,
     DryRunOption,
     EnvOption,
+    ExcludeOption,
+    HostfileOption,
+    IncludeOption,
     JsonOption,
     LauncherOption,
+    LauncherOptionOption,
     RecipeArgument,
     SetOption,
 )
@@ -52,7 +57,11 @@ def bench(
     ] = None,
     set_: SetOption = None,
     devices: DevicesOption = None,
+    hostfile: HostfileOption = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
     launcher: LauncherOption = None,
+    launcher_option: LauncherOptionOption = None,
     env: EnvOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -67,7 +76,8 @@ def bench(
         for name, overrides in variants
     ]
     environment = jobs.read_environment(env)
-    options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, environment, DEFAULT_GRACE_SECONDS)
+    cluster = ClusterFlags(hostfile, include, exclude, launcher_option or ())
+    options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, environment, DEFAULT_GRACE_SECONDS, cluster)
     plans = _distinct([(name, one, _plan(one, options)) for name, one in loaded])
     if not any(plan.layout.num_ranks == 1 for _, _, plan in plans):
         one = jobs.load(recipe, [*(set_ or []), *_ONE_DEVICE, f"train.max_steps={warmup + steps}"], "train")

@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmpipe_cli.cli import console, jobs
+from llmpipe_cli.cli.launchers import ClusterFlags
 from llmpipe_cli.cli.options import (
     DEFAULT_GRACE_SECONDS,
     DevicesOption,
     DryRunOption,
     EnvOption,
+    ExcludeOption,
     GraceOption,
+    HostfileOption,
+    IncludeOption,
     JsonOption,
     LauncherOption,
+    LauncherOptionOption,
     RecipeArgument,
     SetOption,
 )
@@ -40,14 +45,19 @@ def evaluate(
     checkpoint: CheckpointOption = None,
     set_: SetOption = None,
     devices: DevicesOption = None,
+    hostfile: HostfileOption = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
     launcher: LauncherOption = None,
+    launcher_option: LauncherOptionOption = None,
     env: EnvOption = None,
     grace_seconds: GraceOption = DEFAULT_GRACE_SECONDS,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a checkpoint on the recipe's validation data, under the pipeline."""
-    options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, jobs.read_environment(env), grace_seconds)
+    environment, cluster = jobs.read_environment(env), ClusterFlags(hostfile, include, exclude, launcher_option or ())
+    options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, environment, grace_seconds, cluster)
     loaded = jobs.load(recipe, set_ or [], "evaluate")
     output_dir = Path(loaded.recipe.output_dir)
     model = _find(checkpoint, loaded, output_dir)

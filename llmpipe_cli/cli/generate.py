@@ -12,14 +12,19 @@ from typing import Annotated, Any
 import typer
 
 from llmpipe_cli.cli import console, jobs
+from llmpipe_cli.cli.launchers import ClusterFlags
 from llmpipe_cli.cli.options import (
     DEFAULT_GRACE_SECONDS,
     DevicesOption,
     DryRunOption,
     EnvOption,
+    ExcludeOption,
     GraceOption,
+    HostfileOption,
+    IncludeOption,
     JsonOption,
     LauncherOption,
+    LauncherOptionOption,
     OutputDirOption,
 )
 from llmpipe_cli.errors import RankError, UsageError
@@ -74,14 +79,19 @@ def generate(
     ] = None,
     output_dir: OutputDirOption = Path("runs"),
     devices: DevicesOption = None,
+    hostfile: HostfileOption = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
     launcher: LauncherOption = None,
+    launcher_option: LauncherOptionOption = None,
     env: EnvOption = None,
     grace_seconds: GraceOption = DEFAULT_GRACE_SECONDS,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Go on from prompts with a model that is split over pipeline stages."""
-    options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, jobs.read_environment(env), grace_seconds)
+    environment, cluster = jobs.read_environment(env), ClusterFlags(hostfile, include, exclude, launcher_option or ())
+    options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, environment, grace_seconds, cluster)
     given, file, num_prompts = _find_prompts(prompt or [], prompts)
     _ = options.starter  # a mistake in its flags is told before anything else is done
 

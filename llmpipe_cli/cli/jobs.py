@@ -223,7 +223,7 @@ def run_plan(plan: Plan, loaded: LoadedRecipe | None, output_dir: Path, options:
         options: flags.
 
     Returns:
-        How it ended when it ended well or was stopped on request; None after a dry run.
+        How it ended when it ended well or was stopped on request; None after a dry run, and with ``--detach``.
 
     Raises:
         LlmpipeError: a rank, the node or the launcher failed; the run's status is written.
@@ -239,6 +239,16 @@ def run_plan(plan: Plan, loaded: LoadedRecipe | None, output_dir: Path, options:
         write_text(run.recipe, loaded.text)
         _write_lock(run, plan)
     plan.save(run.plan)
+    if options.cluster.detach:
+        from llmpipe_cli.cli.detached import hand_over
+
+        launcher.close()
+        hand_over(_spec(plan, run, options), options)
+        if options.as_json:
+            console.print_json({"run": str(run.path), "state": "running"})
+        else:
+            console.say(f"started {run.name}; `llmpipe runs show {run.name}`, `llmpipe runs cancel {run.name}`")
+        return None
     run.write_controller()
     progress = progress_of(run)
     with StopSignals() as signals:
@@ -261,7 +271,7 @@ def watch(job: Job, run: RunDirectory, progress: Progress, signals: StopSignals)
             if signals.kill and not killed:
                 killed = True
                 job.kill()
-            elif signals.stop and not told:
+            elif (signals.stop or run.stop_file.exists()) and not told:  # the file: `runs cancel`
                 told = True
                 job.request_stop()
                 view.say("stopping: the ranks finish their step and save; Ctrl-C again kills them")
@@ -324,7 +334,8 @@ def _print_dry_run(plan: Plan, launcher: Launcher, output_dir: Path, options: La
     from llmpipe_cli.report import formats
 
     run = RunDirectory((output_dir / f"{plan.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute())
-    commands = launcher.commands(_spec(plan, run, options))
+    spec = _spec(plan, run, options)
+    commands, manifest = launcher.commands(spec), launcher.manifest(spec)
     config = deepspeed_config(plan)
     if options.as_json:
         nodes = [
@@ -342,7 +353,8 @@ def _print_dry_run(plan: Plan, launcher: Launcher, output_dir: Path, options: La
             "num_micro_batches": plan.num_micro_batches,
             "schedule": plan.schedule,
         }
-        console.print_json({"dry_run": True, "layout": layout, "commands": nodes, "deepspeed_config": config})
+        document = {"dry_run": True, "layout": layout, "commands": nodes, "deepspeed_config": config}
+        console.print_json(document | ({"manifest": manifest} if manifest is not None else {}))
         return
     bounds = " | ".join(f"{start}-{stop - 1}" for start, stop in zip(plan.partition, plan.partition[1:], strict=False))
     lines = [
@@ -353,6 +365,8 @@ def _print_dry_run(plan: Plan, launcher: Launcher, output_dir: Path, options: La
         lines += ["", f"on {command.host}:"]
         lines += [f"  {key}={value}" for key, value in command.shown_environment().items()]
         lines += ["  " + shlex.join(argv) for argv in (command.via, command.argv) if argv]
+    if manifest is not None:
+        lines += ["", "manifest:", json.dumps(manifest, indent=2)]
     lines += ["", "DeepSpeed config:", json.dumps(config, indent=2)]
     console.stdout().print("\n".join(lines), markup=False, soft_wrap=True)
 

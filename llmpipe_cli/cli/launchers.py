@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llmpipe_cli.cluster.hostfile import Host
     from llmpipe_cli.cluster.launchers.base import Launcher
 
-NAMES = ("local", "ssh", "deepspeed", "mpi", "slurm")
+NAMES = ("local", "ssh", "deepspeed", "mpi", "slurm", "kubernetes", "torchrun")
 # Keys of --launcher-option, by launcher, with the type of their values.
 _SSH_OPTIONS: dict[str, type] = {
     "connect-timeout": int,
@@ -42,6 +42,18 @@ _OPTIONS: dict[str, dict[str, type]] = {
     "deepspeed": {"runner": str, **_SSH_OPTIONS},
     "mpi": _SSH_OPTIONS,
     "slurm": _SLURM_OPTIONS,
+    "kubernetes": {
+        "image": str,
+        "claim": str,
+        "mount": str,
+        "nodes": int,
+        "gpus-per-node": int,
+        "ranks-per-node": int,
+        "namespace": str,
+        "secret": str,
+        "runtime": str,
+    },
+    "torchrun": {"master-port": int},
 }
 
 
@@ -83,7 +95,13 @@ def make_launcher(name: str | None, flags: ClusterFlags | None = None) -> Launch
         return LocalLauncher()
     if name == "slurm":
         return _slurm(options)
+    if name == "kubernetes":
+        return _kubernetes(options)
     hosts, ssh, port = read_hosts(name, flags), ssh_options(options), options.get("master-port")
+    if name == "torchrun":
+        from llmpipe_cli.cluster.launchers.torchrun import TorchrunLauncher
+
+        return TorchrunLauncher(hosts, port=port, say=console.say)
     if name in ("deepspeed", "mpi"):
         from llmpipe_cli.cluster.launchers.foreign import ForeignLauncher
 
@@ -102,6 +120,19 @@ def _slurm(options: Mapping[str, Any]) -> Launcher:
     asked = {key.replace("-", "_"): value for key, value in options.items() if key not in _SBATCH_OPTIONS}
     sbatch = tuple((key, value) for key, value in options.items() if key in _SBATCH_OPTIONS)
     return SlurmLauncher(SlurmOptions(**asked, sbatch=sbatch), say=_say)
+
+
+def _kubernetes(options: Mapping[str, Any]) -> Launcher:
+    from llmpipe_cli.cluster.launchers.kubernetes import KubernetesLauncher, KubernetesOptions
+
+    if missing := [key for key in ("image", "claim", "mount") if key not in options]:
+        raise UsageError(
+            f"the kubernetes launcher needs {', '.join(missing)}",
+            where="--launcher kubernetes",
+            hint="add --launcher-option image=..., claim=... (a PersistentVolumeClaim) and mount=... (its path)",
+        )
+    asked = {key.replace("-", "_"): value for key, value in options.items()}
+    return KubernetesLauncher(KubernetesOptions(**asked), say=_say)
 
 
 def read_hosts(name: str, flags: ClusterFlags) -> list[Host]:

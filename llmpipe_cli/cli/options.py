@@ -31,6 +31,9 @@ LauncherOptionOption = Annotated[
 HostfileOption = Annotated[
     Path | None, typer.Option("--hostfile", metavar="FILE", help="Nodes to run on, a line each: NAME slots=N.")
 ]
+DetachOption = Annotated[
+    bool, typer.Option("--detach", help="Return as soon as the job is handed over; see `llmpipe runs`.")
+]
 IncludeOption = Annotated[
     str | None,
     typer.Option("--include", metavar="NODES", help="Only these nodes and devices: node-1@node-2:0,2."),

@@ -12,7 +12,7 @@ import typer
 from llmpipe_cli.cli import console
 from llmpipe_cli.cli.options import JsonOption, OutputDirOption
 from llmpipe_cli.errors import UsageError
-from llmpipe_cli.run import RunDirectory, list_runs, read_metrics
+from llmpipe_cli.run import RunDirectory, list_runs, read_json, read_metrics
 
 if TYPE_CHECKING:
     from llmpipe_cli.report.progress import Progress
@@ -98,6 +98,11 @@ def cancel(run: RunArgument, output_dir: OutputDirOption = Path("runs")) -> None
     if state != "running":
         raise UsageError(f"the run is not running: it is {state}", where=str(found.path))
     found.request_stop()
+    job = read_json(found.control / "slurm-job.json")
+    if job is not None and not found.metrics.exists():
+        from llmpipe_cli.cluster.launchers.slurm import cancel_if_waiting
+
+        cancel_if_waiting(job["job_id"])
     console.say(f"asked {found.name} to save and stop")
 
 

@@ -13,6 +13,7 @@ from llmpipe_cli.cli import console, jobs
 from llmpipe_cli.cli.launchers import ClusterFlags
 from llmpipe_cli.cli.options import (
     DEFAULT_GRACE_SECONDS,
+    DetachOption,
     DevicesOption,
     DryRunOption,
     EnvOption,
@@ -68,6 +69,7 @@ def train(
     exclude: ExcludeOption = None,
     launcher: LauncherOption = None,
     launcher_option: LauncherOptionOption = None,
+    detach: DetachOption = False,
     env: EnvOption = None,
     grace_seconds: GraceOption = DEFAULT_GRACE_SECONDS,
     dry_run: DryRunOption = False,
@@ -77,7 +79,10 @@ def train(
 
     Ctrl-C once saves and stops (exit code 75, go on with --resume auto); twice stops at once.
     """
-    environment, cluster = jobs.read_environment(env), ClusterFlags(hostfile, include, exclude, launcher_option or ())
+    environment, cluster = (
+        jobs.read_environment(env),
+        ClusterFlags(hostfile, include, exclude, launcher_option or (), detach),
+    )
     options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, environment, grace_seconds, cluster)
     _train(jobs.load(recipe, set_ or [], "train"), resume, stop_at, options)
 
@@ -94,6 +99,7 @@ def finetune(
     exclude: ExcludeOption = None,
     launcher: LauncherOption = None,
     launcher_option: LauncherOptionOption = None,
+    detach: DetachOption = False,
     env: EnvOption = None,
     grace_seconds: GraceOption = DEFAULT_GRACE_SECONDS,
     dry_run: DryRunOption = False,
@@ -102,7 +108,10 @@ def finetune(
     """Train on from a pretrained model: all its weights, with its own tokenizer."""
     from llmpipe_cli.cli.models import find_model
 
-    environment, cluster = jobs.read_environment(env), ClusterFlags(hostfile, include, exclude, launcher_option or ())
+    environment, cluster = (
+        jobs.read_environment(env),
+        ClusterFlags(hostfile, include, exclude, launcher_option or (), detach),
+    )
     options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, environment, grace_seconds, cluster)
     model = find_model(from_, Path("runs"))
     # What is given with --from replaces the recipe's own model and tokenizer; --set comes last and still wins.

@@ -37,7 +37,8 @@ def batch(run: RunDirectory) -> int:
     attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if attempt:
         begin_again(run, attempt)
-    run.write_controller()
+    if run.status()["state"] != "running":
+        run.write_controller()  # nobody watches from outside
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda signum, _: _ask_to_stop(run, preempted=signum == signal.SIGUSR1))
     meeting = {"address": _first_address(), "port": _FIRST_PORT + int(os.environ["SLURM_JOB_ID"]) % _NUM_PORTS}

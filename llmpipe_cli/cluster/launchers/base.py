@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llmpipe_cli.cluster.devices import Devices
 from llmpipe_cli.cluster.outcome import Outcome
@@ -129,6 +130,10 @@ class Launcher(ABC):
         Raises:
             NodeError: the processes could not be started.
         """
+
+    def manifest(self, spec: LaunchSpec) -> dict[str, Any] | None:
+        """What is handed to a cluster's own manager, if that is how the launcher works."""
+        return None
 
     def close(self) -> None:  # noqa: B027 (most launchers hold nothing)
         """Let go of nodes that were reached and not used."""

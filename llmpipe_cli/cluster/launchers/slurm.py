@@ -255,3 +255,9 @@ def job_state(number: str) -> tuple[str, str]:
         return ("RUNNING" if known else "COMPLETED"), ""
     state, reason = re.search(r"JobState=(\w+)", shown.stdout), re.search(r"Reason=(\S+)", shown.stdout)
     return (state[1] if state else "RUNNING"), (reason[1] if reason and reason[1] != "None" else "")
+
+
+def cancel_if_waiting(number: str) -> None:
+    """Take a job out of the queue that has not begun; nobody would see its run's stop file."""
+    if job_state(number)[0] == "PENDING":
+        subprocess.run(["scancel", number], check=False, capture_output=True)
