@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -121,6 +122,33 @@ class Nodes:
         lines = [f"{address}:{port} slots={n}" for address, n in zip(self.addresses, slots, strict=True) if n]
         path.write_text("\n".join(lines) + "\n")
         return path
+
+    @contextlib.contextmanager
+    def lossy_link(self, delay_seconds: float, loss: float) -> Iterator[list[str]]:
+        """Addresses of the nodes between which packets are delayed and lost, while the context lasts."""
+        script = Path(__file__).with_name("lossy_link.py")
+        relay = subprocess.Popen(
+            ["ip", "netns", "exec", self.names[0], sys.executable, str(script), self.names[1], str(delay_seconds),
+             str(loss)],
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            assert relay.stdout is not None
+            assert relay.stdout.readline() == b"ready\n"
+            addresses = [address.replace(f"{self._subnet}.", f"{self._subnet}.10") for address in self.addresses]
+            for index, name in enumerate(self.names):
+                _ip("-n", name, "addr", "add", f"{addresses[index]}/32", "dev", "lossy0")
+                _ip("-n", name, "link", "set", "lossy0", "up")
+                _ip("-n", name, "route", "add", f"{addresses[1 - index]}/32", "dev", "lossy0", "src", addresses[index])
+                _ip("route", "add", f"{addresses[index]}/32", "via", self.addresses[index])
+            yield addresses
+        finally:
+            relay.kill()
+            relay.wait()
+            for address in self.addresses:
+                far = address.replace(f"{self._subnet}.", f"{self._subnet}.10")
+                with contextlib.suppress(subprocess.CalledProcessError):
+                    _ip("route", "del", f"{far}/32")
 
     def add_addresses(self, count: int) -> list[str]:
         """More addresses, dealt to both nodes; those of earlier calls are among them."""

@@ -1,4 +1,4 @@
-"""Hostfiles and the choice of nodes: what is accepted, and the line that every mistake is told with."""
+"""Hostfiles and the choice of nodes: what is accepted, the line that every mistake is told with, what nodes lack."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from llmpipe_cli.cluster.facts import node_facts
 from llmpipe_cli.cluster.hostfile import Host, read_hostfile, refuse_aliases, select
+from llmpipe_cli.cluster.preflight import judge_facts
 from llmpipe_cli.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +92,22 @@ def test_include_and_exclude(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UsageError, match=message):
             chosen(include, exclude)
+
+
+def test_what_the_facts_of_nodes_say(tmp_path: Path) -> None:
+    """This machine's own facts, with two GPUs, little disk and a wrong clock put in."""
+    facts = node_facts(str(tmp_path), str(tmp_path))
+    device = {"kind": "cuda", "count": 2, "name": "gpu", "memory_bytes": 1 << 30}
+    gpus = facts | {"devices": device, "identity": "another", "free_bytes": {"/runs": 1 << 20}}
+    fits = judge_facts([Host("a", (0, 1))], [gpus], [0.0])
+    assert not fits.problems
+    assert fits.warnings == ["a has only 0.0 GB left in /runs"]
+    crowded = judge_facts([Host("a", (0, 1, 2), place="hosts:1")], [gpus], [-7.5])
+    assert [(one.exit_code, one.where) for one in crowded.problems] == [(3, "hosts:1")]
+    assert "a has 2 devices (gpu), the hostfile asks for 3" in crowded.problems[0].message
+    assert "the clock of a is -7.5 s off this machine's: use NTP or chrony" in crowded.warnings
+    mixed = judge_facts([Host("a", (0,)), Host("b", (0,))], [gpus, facts], [0.0, 0.0])
+    assert any("another kind" in one.message for one in mixed.problems)
 
 
 def test_the_examples_can_be_read() -> None:
