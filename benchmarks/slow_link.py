@@ -1,6 +1,6 @@
 """Two stages over a slow link: what schedules and bf16 on the wire gain. Needs root and Linux (ip, tc).
 
-    sudo python benchmarks/slow_link.py --rate 200mbit --delay 1ms --output docs/slow-link.md
+    sudo python benchmarks/slow_link.py --rate 50mbit --delay 1ms --output docs/slow-link.md
 
 Each stage runs in a network namespace of its own; the two are joined by a pair of virtual links whose rate `tc` limits
 in both directions. The variants run in turn, so that a busy machine hits all alike; the reported speed is the median of
@@ -51,7 +51,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rate", default="200mbit", help="as tc writes it")
+    parser.add_argument("--rate", default="50mbit", help="as tc writes it")
     parser.add_argument("--delay", default="1ms", help="one way")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each variant")
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each run")

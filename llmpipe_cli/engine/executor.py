@@ -96,7 +96,7 @@ class StageExecutor:
 
     Attributes:
         recorder: when each instruction waited and worked.
-        peak_activations: the most micro-batches whose activations were alive at once, since the last reset; of several
+        peak_activations: the most micro-batches whose activations were alive at once so far; of several
             chunks each counts for itself.
     """
 
