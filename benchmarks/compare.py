@@ -1,11 +1,13 @@
 """llmpipe beside other ways to train the same model on two cores; `make bench` runs it.
 
     python benchmarks/compare.py --output docs/benchmarks.md
+    python benchmarks/compare.py --only-main --systems llmpipe-zb-h1,llmpipe-zb-h1-unrecorded   # what recording costs
 
 Each launch starts two processes of one thread; in each round every system does one optimizer step, those that only
-complete the picture in every third round. Speeds drift on a busy machine, so systems are compared round by round: the
-reported ratio is the median over all rounds of all launches that both took part in, with the quartiles beside it.
-After the main section come a deeper model and a shorter pipeline with the systems that matter most.
+complete the picture in every third round of the first launch. Speeds drift on a busy machine, so systems are compared
+round by round: the reported ratio is the median over all rounds of all launches that both took part in, with the
+quartiles beside it. After the main section come a deeper model and a shorter pipeline with the systems that matter
+most.
 """
 
 from __future__ import annotations
@@ -63,6 +65,11 @@ class Section:
     launches: int
     rounds: int
 
+    @property
+    def always(self) -> tuple[str, ...]:
+        """Those that take part in all rounds: the main ones, or all that were asked for."""
+        return tuple(name for name in self.systems if name in MAIN) if self.systems == tuple(LABELS) else self.systems
+
 
 def main() -> None:
     """Run all launches, print the tables and write them."""
@@ -72,10 +79,13 @@ def main() -> None:
     for section in sections:
         everything: dict[str, Seconds] = {kind: {name: [] for name in section.systems} for kind in KINDS}
         for launch in range(section.launches):
+            names = section.systems if launch == 0 else section.always
             with tempfile.TemporaryDirectory() as folder:
-                for kind, measured in _launch(Path(folder), section, arguments.warmup).items():
-                    for name, seconds in measured.items():
-                        everything[kind][name] += seconds
+                measured = _launch(Path(folder), section, names, arguments.warmup)
+            absent: list[float | None] = [None] * section.rounds
+            for kind, by_system in everything.items():
+                for name, seconds in by_system.items():
+                    seconds += measured[kind].get(name, absent)
             done = f"{section.title}: launch {launch + 1} of {section.launches} done"
             print(done, file=sys.stderr, flush=True)
         texts.append(_section_text(section, everything))
@@ -112,18 +122,18 @@ def _sections(arguments: argparse.Namespace) -> list[Section]:
     if not arguments.only_main:
         chosen = tuple(name for name in names if name in MAIN)
         sections.append(Section("16 layers, 8 micro-batches", Work(num_layers=16), chosen, 1, 4))
-        sections.append(Section("8 layers, 4 micro-batches", Work(num_micro_batches=4), chosen, 1, 8))
+        sections.append(Section("8 layers, 4 micro-batches", Work(num_micro_batches=4), chosen, 1, 7))
     return sections
 
 
-def _launch(folder: Path, section: Section, warmup: int) -> dict[str, Seconds]:
-    for name in section.systems:
+def _launch(folder: Path, section: Section, names: tuple[str, ...], warmup: int) -> dict[str, Seconds]:
+    for name in names:
         if name.startswith("llmpipe-"):
             _write_plan(folder, section.work, name)
     launch = {
         "work": asdict(section.work),
-        "systems": section.systems,
-        "always": MAIN,
+        "systems": names,
+        "always": section.always,
         "every": 3,
         "rounds": section.rounds,
         "warmup": warmup,

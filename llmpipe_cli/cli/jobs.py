@@ -352,13 +352,15 @@ def _print_dry_run(plan: Plan, launcher: Launcher, output_dir: Path, options: La
             "micro_batch_size": plan.micro_batch_size,
             "num_micro_batches": plan.num_micro_batches,
             "schedule": plan.schedule,
+            "virtual_stages": plan.virtual_stages,
         }
         document = {"dry_run": True, "layout": layout, "commands": nodes, "deepspeed_config": config}
         console.print_json(document | ({"manifest": manifest} if manifest is not None else {}))
         return
     bounds = " | ".join(f"{start}-{stop - 1}" for start, stop in zip(plan.partition, plan.partition[1:], strict=False))
+    parts = f" in {plan.virtual_stages} parts a stage" if plan.virtual_stages > 1 else ""
     lines = [
-        f"layout: {formats.layout(plan.layout.model_dump())}, segments {bounds}",
+        f"layout: {formats.layout(plan.layout.model_dump())}, segments {bounds}{parts}",
         f"step: {plan.num_micro_batches} micro-batches of {plan.micro_batch_size} a replica, schedule {plan.schedule}",
     ]
     for command in commands:
