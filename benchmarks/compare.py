@@ -49,7 +49,7 @@ LABELS = {
     "llmpipe-zb-h2": "**llmpipe**, ZB-H2",
     "llmpipe-zb-v": "**llmpipe**, ZB-V",
 }
-MAIN = ("independent", "torch", "deepspeed", "llmpipe-1f1b", "llmpipe-zb-h1", "llmpipe-zb-v")
+MAIN = ("independent", "torch", "deepspeed", "llmpipe-zb-h1", "llmpipe-zb-h2", "llmpipe-zb-v")
 TORCH = ("torch", "torch-interleaved", "torch-zbv")
 KINDS = ("wall", "cpu", "simulated")
 Seconds = dict[str, list[float | None]]
