@@ -1,6 +1,6 @@
 """Two stages over a slow link: what schedules and bf16 on the wire gain. Needs root and Linux (ip, tc).
 
-    sudo python benchmarks/slow_link.py --rate 50mbit --delay 1ms --output docs/slow-link.md
+    sudo python benchmarks/slow_link.py --rate 50mbit --output docs/slow-link.md
 
 Each stage runs in a network namespace of its own; the two are joined by a pair of virtual links whose rate `tc` limits
 in both directions. The variants run in turn, so that a busy machine hits all alike; the reported speed is the median of
@@ -38,7 +38,7 @@ def main() -> None:
         sys.exit("slow_link.py makes network namespaces and needs root")
     variants = [(schedule, wire) for schedule in arguments.schedules.split(",") for wire in ("fp32", "bf16")]
     seconds: dict[tuple[str, str], list[float]] = {variant: [] for variant in variants}
-    with _two_hosts(arguments.rate, arguments.delay) as hosts, tempfile.TemporaryDirectory() as folder:
+    with _two_hosts(arguments.rate) as hosts, tempfile.TemporaryDirectory() as folder:
         for number in range(arguments.rounds):
             for variant in variants:
                 seconds[variant] += _measure(Path(folder), hosts, *variant, arguments.steps)
@@ -52,7 +52,6 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", default="50mbit", help="as tc writes it")
-    parser.add_argument("--delay", default="1ms", help="one way")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each variant")
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each run")
     parser.add_argument("--schedules", default="1f1b,zb-h1,zb-v", help="names, separated by commas")
@@ -61,7 +60,7 @@ def _arguments() -> argparse.Namespace:
 
 
 @contextmanager
-def _two_hosts(rate: str, delay: str) -> Iterator[list[str]]:
+def _two_hosts(rate: str) -> Iterator[list[str]]:
     """Two network namespaces joined by a limited link; gives their names."""
     names = [f"llmpipe-{os.getpid()}-{number}" for number in range(2)]
     links = [f"llm{os.getpid() % 100_000}v{number}" for number in range(2)]
@@ -75,7 +74,7 @@ def _two_hosts(rate: str, delay: str) -> Iterator[list[str]]:
             _run(f"ip -n {name} addr add {address}/24 dev eth0")
             _run(f"ip -n {name} link set eth0 up")
             _run(f"ip -n {name} link set lo up")
-            _run(f"tc -n {name} qdisc add dev eth0 root netem rate {rate} delay {delay} limit 10000")
+            _run(f"tc -n {name} qdisc add dev eth0 root tbf rate {rate} burst 128kb latency 1000ms")
         yield names
     finally:
         for name in names:
@@ -141,7 +140,7 @@ def _document(seconds: dict[tuple[str, str], list[float]], arguments: argparse.N
 Written by `{shlex.join(["python", "benchmarks/slow_link.py", *sys.argv[1:]])}`.
 
 The Llama of [benchmarks.md](benchmarks.md) in two stages of one thread, each in a network namespace of its own, joined
-by a link of {arguments.rate} and {arguments.delay} one way. A micro-batch's activations are {mebibytes:.1f} MiB in
+by a link of {arguments.rate} in each direction. A micro-batch's activations are {mebibytes:.1f} MiB in
 fp32, and so are their gradients. Medians of {arguments.rounds} runs of {arguments.steps} steps.
 
 {table}
