@@ -311,7 +311,13 @@ BROKEN: list[tuple[str, str, str, str, str]] = [
     ("freezing beside LoRA", HEAD + "lora: {}\ntrain: {freeze: [a]}", "4:17", "beside `lora`", "modules_to_save"),
     ("no targets", HEAD + "lora: {target_modules: []}", "3:24", "`target_modules` is empty", "all-linear"),
     # layout and precision
-    ("tensor shards", HEAD + "parallel: {tensor: 2}", "3:20", "tensor shards are not available", "write 1 or auto"),
+    (
+        "Adafactor",
+        HEAD + "train: {optimizer: adafactor}\nparallel: {tensor: 2}",
+        "3:20",
+        "Adafactor keeps sums",
+        "adamw",
+    ),
     (
         "interleaved, one part",
         HEAD + "parallel: {schedule: interleaved, virtual_stages: 1}",
@@ -417,11 +423,11 @@ def test_the_head_of_the_cases_is_right(run: Run, tmp_path: Path) -> None:
 
 
 def test_all_mistakes_are_told_at_once_in_file_order(run: Run, tmp_path: Path) -> None:
-    text = "name: a b\nmodel: {from: gpt2}\nmax_steps: 1\ntrain:\n  lr: fast\n  warmup: 3\nparallel: {tensor: 2}\n"
+    text = "name: a b\nmodel: {from: gpt2}\nmax_steps: 1\ntrain:\n  lr: fast\n  warmup: 3\nparallel: {partition: []}\n"
     (tmp_path / "recipe.yaml").write_text(text)
     result = run("recipes", "validate", "recipe.yaml", "--set", "trian.seed=1")
     places = re.findall(r"^  at (.*)$", result.err, re.MULTILINE)
-    files = [f"recipe.yaml:{place}" for place in ("1:7", "3:1", "5:7", "6:3", "7:20")]
+    files = [f"recipe.yaml:{place}" for place in ("1:7", "3:1", "5:7", "6:3", "7:23")]
     assert result.exit_code == 2
     assert places == [*files, "--set trian.seed=1"]
 
@@ -438,7 +444,7 @@ BROKEN_OVERRIDES = [
     ("train.learning_rate=[1", "not YAML", "a bracket is not closed"),
     ("name.first=x", "`name` is the text 'x' and has no fields", "set it whole: --set name=..."),
     ("parallel.partition.1=x", "`parallel.partition` is a list of 0", "the first is parallel.partition.0"),
-    ("parallel.tensor=4", "tensor shards are not available", "write 1 or auto"),
+    ("parallel.tensor=0", "a whole number of at least 1", "Tensor shards"),
     ("model.from=null", "the model needs either `config` or `from`", "config: {model_type: ...}"),
     ("extends=other.yaml", "`extends` cannot be set on the command line", "write it in the recipe"),
     (

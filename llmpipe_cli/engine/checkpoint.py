@@ -13,6 +13,7 @@ Writing starts from a snapshot, so that training can go on meanwhile (`engine.sa
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import shutil
 from collections.abc import Callable
@@ -33,6 +34,8 @@ from llmpipe_cli.engine.state import local_slices, restore, scalars
 from llmpipe_cli.errors import CheckpointError
 from llmpipe_cli.model.adapters import WEIGHTS_FILE, Adapters, adapter_state_dict
 from llmpipe_cli.model.stage import saved_names
+from llmpipe_cli.model.tensor.gather import gather_whole
+from llmpipe_cli.model.tensor.parts import Part
 from llmpipe_cli.model.weights import stage_state_dict
 
 INDEX = "model.safetensors.index.json"
@@ -48,11 +51,13 @@ class Snapshot:
     Attributes:
         shards: its weights or adapters under the names of the files' format, one dictionary a file.
         optimizer: its slices of optimizer state, by ``parameter|key|start``.
+        parts: JSON of the part that this tensor shard holds, of each divided parameter in `optimizer`.
         adapters: whether `shards` hold adapters.
     """
 
     shards: list[dict[str, torch.Tensor]]
     optimizer: dict[str, torch.Tensor]
+    parts: dict[str, Any]
     adapters: bool
 
 
@@ -66,8 +71,13 @@ def take_snapshot(engine: Engine, max_shard_size: str) -> Snapshot:
     adapters = engine.adapters
     shards = _own_weight_shards(engine, max_shard_size) if adapters is None else _own_adapters(engine, adapters)
     copies = [{name: _copy(tensor) for name, tensor in tensors.items()} for tensors in shards]
-    optimizer = {f"{item.parameter}|{item.key}|{item.start}": _copy(item.values) for item in local_slices(engine)}
-    return Snapshot(copies, optimizer, adapters is not None)
+    optimizer: dict[str, torch.Tensor] = {}
+    parts: dict[str, Any] = {}
+    for item in local_slices(engine):
+        optimizer[f"{item.parameter}|{item.key}|{item.start}"] = _copy(item.values)
+        if item.part is not None:
+            parts[item.parameter] = item.part.to_json()
+    return Snapshot(copies, optimizer, parts, adapters is not None)
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -125,7 +135,8 @@ def write_checkpoint(
             weight_map.update(dict.fromkeys(tensors, name))
         if snapshot.optimizer:
             name = f"{TRAINING}/optimizer-{dist.get_rank():05d}.safetensors"
-            _save(own / name, snapshot.optimizer, {}, files, name)
+            metadata = {_PARTS: json.dumps(snapshot.parts)} if snapshot.parts else {}
+            _save(own / name, snapshot.optimizer, metadata, files, name)
         size = sum(tensor.numel() * tensor.element_size() for tensors in shards for tensor in tensors.values())
         return {"files": files, "weight_map": weight_map, "bytes": size, "own": str(own), "away": own != partial}
 
@@ -199,6 +210,8 @@ def load_training_state(engine: Engine, checkpoint: Path, saved: dict[str, Any])
         setattr(engine.optimizer.loss_scaler, key, value)
 
 
+# Metadata of a file of optimizer state: JSON of which part of each parameter its tensor shard holds.
+_PARTS = "tensor_parts"
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -210,12 +223,14 @@ class SliceReader:
     """
 
     def __init__(self, paths: list[Path]) -> None:
-        self._pieces: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
+        self._pieces: dict[tuple[str, str], list[_Piece]] = {}
         for path in paths:
             file = safe_open(path, framework="pt")
+            parts = json.loads((file.metadata() or {}).get(_PARTS, "{}"))
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 parameter, key, start = name.rsplit("|", 2)
-                self._pieces.setdefault((parameter, key), []).append((int(start), file, name))
+                part = Part.from_json(parts[parameter]) if parameter in parts else None
+                self._pieces.setdefault((parameter, key), []).append(_Piece(int(start), file, name, part))
 
     def keys(self) -> dict[str, set[str]]:
         """State keys of each parameter."""
@@ -224,28 +239,75 @@ class SliceReader:
             result.setdefault(parameter, set()).add(key)
         return result
 
-    def read(self, parameter: str, key: str, start: int, count: int) -> torch.Tensor:
-        """Elements [start, start + count) of a parameter's flattened state; all of it when count is -1.
+    def read(self, parameter: str, key: str, start: int, count: int, part: Part | None) -> torch.Tensor:
+        """Elements [start, start + count) of the flattened state of a part of a parameter; all of it when count is -1.
+
+        Where the files hold other parts than the one asked for, the whole state of this one parameter is put together.
+
+        Args:
+            parameter: name.
+            key: state key.
+            start: first element, counted within the part.
+            count: number of elements.
+            part: what a tensor shard holds; None for the whole parameter.
 
         Raises:
             CheckpointError: the slices in the files do not cover the range.
         """
-        pieces = sorted(self._pieces.get((parameter, key), []), key=lambda piece: piece[0])
-        if count == -1 and len(pieces) == 1:
-            _, file, name = pieces[0]
-            return file.get_tensor(name)
-        parts, position = [], start
-        end = None if count == -1 else start + count
-        for piece_start, file, name in pieces:
-            view = file.get_slice(name)
-            piece_end = piece_start + view.get_shape()[0]
-            stop = piece_end if end is None else min(piece_end, end)
-            if piece_start <= position < stop:
-                parts.append(view[position - piece_start : stop - piece_start])
-                position = stop
-        if not parts or (end is not None and position < end):
-            raise CheckpointError(f"the saved {key} of {parameter} is incomplete: elements from {position} are missing")
-        return torch.cat(parts)
+        pieces = self._pieces.get((parameter, key), [])
+        same = [piece for piece in pieces if piece.part == part]
+        if same:
+            return _read_range(same, start, count, f"{key} of {parameter}")
+        whole = self._whole(pieces, f"{key} of {parameter}")
+        values = (part.take(whole.view(part.shape)) if part is not None else whole).flatten()
+        return values[start:] if count == -1 else values[start : start + count]
+
+    def _whole(self, pieces: list[_Piece], what: str) -> torch.Tensor:
+        parts = {piece.part for piece in pieces}
+        if parts <= {None}:
+            return _read_range(pieces, 0, -1, what)
+        shape = next(part.shape for part in parts if part is not None)
+        whole = torch.empty(shape, dtype=torch.float32)
+        filled = 0
+        for part in parts - {None}:
+            assert part is not None
+            values = _read_range(
+                [piece for piece in pieces if piece.part == part], 0, math.prod(part.local_shape), what
+            )
+            part.put(whole, values)
+            filled += values.numel()
+        if filled != whole.numel():
+            raise CheckpointError(f"the saved {what} is incomplete: {whole.numel() - filled} elements are missing")
+        return whole
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A slice of state in a file: elements from `start` on, of a tensor shard's part or of the whole parameter."""
+
+    start: int
+    file: Any
+    name: str
+    part: Part | None
+
+
+def _read_range(pieces: list[_Piece], start: int, count: int, what: str) -> torch.Tensor:
+    """Elements [start, start + count) from pieces of the same part; all when count is -1."""
+    pieces = sorted(pieces, key=lambda piece: piece.start)
+    if count == -1 and len(pieces) == 1:
+        return pieces[0].file.get_tensor(pieces[0].name)
+    parts, position = [], start
+    end = None if count == -1 else start + count
+    for piece in pieces:
+        view = piece.file.get_slice(piece.name)
+        piece_end = piece.start + view.get_shape()[0]
+        stop = piece_end if end is None else min(piece_end, end)
+        if piece.start <= position < stop:
+            parts.append(view[position - piece.start : stop - piece.start])
+            position = stop
+    if not parts or (end is not None and position < end):
+        raise CheckpointError(f"the saved {what} is incomplete: elements from {position} are missing")
+    return torch.cat(parts)
 
 
 def _own_weight_shards(engine: Engine, max_shard_size: str) -> list[dict[str, torch.Tensor]]:
@@ -254,7 +316,12 @@ def _own_weight_shards(engine: Engine, max_shard_size: str) -> list[dict[str, to
         return []
     module = engine.module
     names = saved_names(module.slice_plan, module.segments)
-    tensors = {name: tensor.contiguous() for name, tensor in stage_state_dict(module.skeleton, names).items()}
+    whole = None
+    if module.tensor_group is not None:
+        whole = gather_whole(module.skeleton, module.slice_plan, names, module.tensor_group)
+        names = list(whole)
+    state = stage_state_dict(module.skeleton, names, whole)
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     if not tensors:
         return []
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)

@@ -22,6 +22,8 @@ from llmpipe_cli.engine.schedules import Placement
 from llmpipe_cli.engine.weight_gradients import WeightGradients
 from llmpipe_cli.model.slicing.plan import SlicePlan
 from llmpipe_cli.model.slicing.replay import StageReplay
+from llmpipe_cli.model.tensor.apply import Division, install
+from llmpipe_cli.model.tensor.collectives import TensorGroup
 from llmpipe_cli.plan.plan import Layout
 
 Carry = tuple[torch.Tensor, ...]
@@ -56,11 +58,14 @@ class StageModule(PipelineModule):
         layout: pipeline x tensor x data.
         placement: which stage holds which parts; by default each holds one.
         split_backward: let weight gradients of linear layers be computed apart from those of their inputs.
+        division: what this tensor shard holds of the model; None without tensor shards.
+        whole_logits: see `model.tensor.apply.install`.
 
     Attributes:
         chunks: the segments of each of this stage's parts.
         replays: what runs each of them.
         weight_gradients: the postponed weight gradients; none without `split_backward`.
+        tensor_group: the tensor shards of this stage; none without them.
     """
 
     def __init__(
@@ -72,6 +77,8 @@ class StageModule(PipelineModule):
         *,
         placement: Placement | None = None,
         split_backward: bool = False,
+        division: Division | None = None,
+        whole_logits: bool = False,
     ) -> None:
         self.bounds = bounds
         self.placement = placement or Placement(layout.pipeline)
@@ -84,6 +91,11 @@ class StageModule(PipelineModule):
         self.parameter_names = {id(parameter): name for name, parameter in model.named_parameters()}
         # Before the replay, which wraps the forwards it finds.
         self.weight_gradients = WeightGradients(model) if split_backward else None
+        # Around the postponed weight gradients, which know nothing of other shards.
+        self.tensor_group: TensorGroup | None = None
+        if division is not None:
+            self.tensor_group = TensorGroup(self.mpu().get_slice_parallel_group())
+            install(model, division, self.tensor_group, whole_logits=whole_logits)
         # Kept out of nn.Module's registry: parameters of other stages must not become parameters of this one.
         object.__setattr__(self, "skeleton", model)
         replays = [StageReplay(model, slice_plan, chunk.start, chunk.stop) for chunk in self.chunks]

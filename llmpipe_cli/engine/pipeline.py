@@ -23,6 +23,7 @@ from llmpipe_cli.engine.optimizers import build_optimizer
 from llmpipe_cli.engine.randomness import DrawSeeder
 from llmpipe_cli.engine.schedules import SCHEDULES
 from llmpipe_cli.model.adapters import Adapters
+from llmpipe_cli.model.tensor.apply import PART, PARTIAL_GRADIENT
 from llmpipe_cli.plan.plan import Plan
 from llmpipe_cli.recipe.schema import TrainSection
 
@@ -32,7 +33,8 @@ class StepResult:
     """What one optimizer step gave; the same on every rank unless said otherwise.
 
     Attributes:
-        loss_sum: last stage of each replica: sum over its micro-batches of mean loss x targets, in nats; else 0.
+        loss_sum: last stage of each replica, first tensor shard: sum over its micro-batches of mean loss x targets, in
+            nats; else 0.
         auxiliary_sum: likewise: sum over its micro-batches of the auxiliary losses before their coefficients.
         num_auxiliary: likewise: its micro-batches that had auxiliary losses.
         num_targets: targets of the global batch.
@@ -102,8 +104,8 @@ class Engine(PipelineEngine):
         """
         self.module.train()
         rate = self._learning_rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate
         num_targets = self._sum_over_replicas(sum(batch.num_targets for batch in batches))
         # DeepSpeed averages gradients over the replicas; the loss is a sum over them.
         weight = self.dp_world_size / max(num_targets, 1)
@@ -116,7 +118,11 @@ class Engine(PipelineEngine):
                 scaled = scaled + loss.auxiliary_term / self.micro_batches
             return self.optimizer.scale_if_loss(scaled) if self.zero_optimization() else scaled
 
+        group = self.module.tensor_group
+
         def keep_loss(position: int, loss: Loss) -> None:
+            if group is not None and group.rank != 0:
+                return  # all tensor shards have the same losses
             losses.append(loss.mean.double() * batches[position].num_targets)
             if loss.auxiliary is not None:
                 auxiliaries.append(loss.auxiliary.double())
@@ -133,6 +139,7 @@ class Engine(PipelineEngine):
             (0.0 * placeholder).sum().backward()
         recorder = self.executor.recorder
         recorder.begin("reduce")
+        self._sum_partial_gradients()
         self._exec_reduce_tied_grads()
         self._exec_reduce_grads()
         recorder.end()
@@ -160,7 +167,7 @@ class Engine(PipelineEngine):
         gradients = [
             parameter.grad
             for parameter in self.module.parameters()
-            if parameter.grad is not None and not parameter.ds_pipe_replicated
+            if parameter.grad is not None and not parameter.ds_pipe_replicated and self._counts_here(parameter)
         ]
         norms = torch.nn.utils.get_total_norm(gradients).to(self.device)
         squared = norms.double().square()
@@ -176,6 +183,11 @@ class Engine(PipelineEngine):
             everything = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
             torch.nn.utils.clip_grads_with_norm_(everything, self.gradient_clipping(), norm.float())
 
+    def _counts_here(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether the norm counts a parameter on this tensor shard: parts everywhere, whole ones on the first."""
+        group = self.module.tensor_group
+        return group is None or group.rank == 0 or hasattr(parameter, PART)
+
     def _take_model_step(self, lr_kwargs: dict | None) -> None:
         plain = not (self.fp16_enabled() or self.bfloat16_enabled() or self.zero_optimization())
         if plain and self.gradient_clipping() == 0.0:
@@ -185,16 +197,25 @@ class Engine(PipelineEngine):
     def _exec_reduce_tied_grads(self) -> None:
         """Sum the gradients of tied weights over their stages, also where a stage made none."""
         for weight, group in self.module.get_tied_weights_and_groups():
-            if not weight.requires_grad or dist.get_world_size(group) == 1:  # both ends of a tie on one stage
-                continue
-            if self.using_bf16_optimizer:
-                gradient = getattr(weight, "_hp_grad", None)
-                assert gradient is not None, "a tied weight got no gradient"
-            else:
-                if weight.grad is None:
-                    weight.grad = torch.zeros_like(weight)
-                gradient = weight.grad
-            dist.all_reduce(gradient, group=group)
+            if weight.requires_grad and dist.get_world_size(group) > 1:  # else both ends of a tie on one stage
+                dist.all_reduce(self._gradient_of(weight), group=group)
+
+    def _sum_partial_gradients(self) -> None:
+        """Sum over the tensor shards the gradients of whole weights that work on the shard's heads alone."""
+        group = self.module.tensor_group
+        for parameter in self.module.parameters() if group is not None else ():
+            if parameter.requires_grad and hasattr(parameter, PARTIAL_GRADIENT):
+                group.sum(self._gradient_of(parameter))
+
+    def _gradient_of(self, weight: torch.nn.Parameter) -> torch.Tensor:
+        """What the backward passes of this step have summed for a parameter; zeros where they made nothing."""
+        if self.using_bf16_optimizer:
+            gradient = getattr(weight, "_hp_grad", None)
+            assert gradient is not None, "a weight got no gradient"
+            return gradient
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        return weight.grad
 
     def _exec_reduce_grads(self) -> None:
         """Average gradients over the replicas; a single replica has nothing to copy into buckets."""

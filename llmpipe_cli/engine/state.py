@@ -17,6 +17,8 @@ import torch
 
 from llmpipe_cli.engine.pipeline import Engine
 from llmpipe_cli.errors import CheckpointError
+from llmpipe_cli.model.tensor.apply import PART
+from llmpipe_cli.model.tensor.parts import Part
 
 MASTER = "master"
 
@@ -28,17 +30,19 @@ class StateSlice:
     Attributes:
         parameter: Hugging Face name.
         key: state key, such as exp_avg.
-        start: first element in the flattened state.
+        start: first element in the flattened state, of this tensor shard's part of the parameter.
         values: the elements, 1-D, or the whole state in its own shape when that is not the parameter's shape.
+        part: which part of the parameter this tensor shard holds; none for all of it.
     """
 
     parameter: str
     key: str
     start: int
     values: torch.Tensor
+    part: Part | None
 
 
-ReadSlice = Callable[[str, str, int, int], torch.Tensor]
+ReadSlice = Callable[[str, str, int, int, Part | None], torch.Tensor]
 
 
 def _named_parameters(engine: Engine) -> Iterator[tuple[str, Any]]:
@@ -54,12 +58,16 @@ def _is_sharded(engine: Engine) -> bool:
 
 
 def local_slices(engine: Engine) -> Iterator[StateSlice]:
-    """What this rank has to save: without ZeRO only on the first replica; ties only on their first stage."""
+    """What this rank has to save: without ZeRO only on the first replica; ties only on their first stage.
+
+    Parameters that all tensor shards hold whole are saved by the first.
+    """
     sharded, state = _is_sharded(engine), engine.basic_optimizer.state
     if not sharded and engine.grid.get_data_parallel_rank() != 0:
         return
     for name, parameter in _named_parameters(engine):
-        if parameter.ds_pipe_replicated:
+        part = getattr(parameter, PART, None)
+        if parameter.ds_pipe_replicated or (part is None and engine.grid.get_slice_parallel_rank() != 0):
             continue
         if sharded:
             mapping = parameter._hp_mapping
@@ -67,16 +75,17 @@ def local_slices(engine: Engine) -> Iterator[StateSlice]:
                 continue
             start = mapping.lp_fragment_address.start
             if parameter.dtype != torch.float32:  # an fp32 model's weights are its masters
-                yield StateSlice(name, MASTER, start, mapping.hp_fragment.detach())
+                yield StateSlice(name, MASTER, start, mapping.hp_fragment.detach(), part)
             for key in _element_keys(engine, mapping.param_group_index):
                 partition = engine.basic_optimizer.param_groups[mapping.param_group_index]["params"][0]
                 address = mapping.get_hp_fragment_address()
-                yield StateSlice(name, key, start, state[partition][key].narrow(0, address.start, address.numel))
+                values = state[partition][key].narrow(0, address.start, address.numel)
+                yield StateSlice(name, key, start, values, part)
         else:
             for key, value in state.get(parameter, {}).items():
                 if torch.is_tensor(value) and value.dim() > 0:
                     values = value.flatten() if value.shape == parameter.shape else value
-                    yield StateSlice(name, key, 0, values)
+                    yield StateSlice(name, key, 0, values, part)
 
 
 def scalars(engine: Engine) -> dict[str, float]:
@@ -97,8 +106,8 @@ def restore(engine: Engine, keys: dict[str, set[str]], shared: dict[str, float],
         engine: a fresh engine whose parameters hold the checkpoint's weights.
         keys: state keys saved for each parameter.
         shared: what `scalars` gave.
-        read: returns the elements [start, start + count) of a parameter's saved state, fp32, or the whole state in
-            its own shape when count is -1.
+        read: returns the elements [start, start + count) of a part of a parameter's saved state, fp32, or all of it
+            when count is -1; the part is None for the whole parameter.
 
     Raises:
         CheckpointError: a parameter has no saved state.
@@ -108,13 +117,14 @@ def restore(engine: Engine, keys: dict[str, set[str]], shared: dict[str, float],
         return
     state = engine.basic_optimizer.state
     for name, parameter in _named_parameters(engine):
+        part = getattr(parameter, PART, None)
         entry = {key: torch.tensor(value, dtype=torch.float32) for key, value in shared.items()}
         for key in _saved_keys(keys, name, with_shared=bool(shared)) - {MASTER}:
-            value = read(name, key, 0, -1)
+            value = read(name, key, 0, -1, part)
             entry[key] = value.view(parameter.shape) if value.numel() == parameter.numel() else value
             entry[key] = entry[key].to(parameter.device)
         if MASTER in keys.get(name, ()):
-            parameter.data.copy_(read(name, MASTER, 0, -1).view(parameter.shape))
+            parameter.data.copy_(read(name, MASTER, 0, -1, part).view(parameter.shape))
         if entry:
             state[parameter] = entry
 
@@ -134,12 +144,12 @@ def _restore_partitions(engine: Engine, keys: dict[str, set[str]], shared: dict[
             continue
         partition = optimizer.param_groups[mapping.param_group_index]["params"][0]
         start, count = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-        address = mapping.get_hp_fragment_address()
+        address, part = mapping.get_hp_fragment_address(), getattr(parameter, PART, None)
         for key in _saved_keys(keys, name, with_shared=bool(shared)):
             if key == MASTER:
-                mapping.hp_fragment.data.copy_(read(name, key, start, count))
+                mapping.hp_fragment.data.copy_(read(name, key, start, count, part))
                 continue
-            state[partition][key].narrow(0, address.start, address.numel).copy_(read(name, key, start, count))
+            state[partition][key].narrow(0, address.start, address.numel).copy_(read(name, key, start, count, part))
         if MASTER not in keys.get(name, ()):
             mapping.hp_fragment.data.copy_(parameter.detach().flatten()[start : start + count])
     # DeepSpeed keeps views of the state; they are made anew at the next step.

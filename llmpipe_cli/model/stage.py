@@ -13,6 +13,7 @@ from llmpipe_cli.model.adapters import Adapters, attach, draw_adapter, read_adap
 from llmpipe_cli.model.initialise import initialise
 from llmpipe_cli.model.skeleton import FIRST_VALUE, all_names, build_skeleton, replace_parameter
 from llmpipe_cli.model.slicing.plan import SlicePlan
+from llmpipe_cli.model.tensor.apply import Division, fill_parts, mark
 from llmpipe_cli.model.weights import read_weights
 
 
@@ -47,10 +48,12 @@ def build_stage(
     adapter_weights: str | Path | None = None,
     trainable: Collection[str] | None = None,
     allow_pickle: bool = False,
+    division: Division | None = None,
 ) -> PreTrainedModel:
     """The model with the parameters of these segments and all buffers real on `device`, the rest on meta.
 
-    Memory: the stage's own parameters, and while loading at most one fused parameter's sources besides.
+    Memory: the stage's own parameters, and while loading at most one fused parameter's sources besides; with tensor
+    shards the shard's parts, and while loading at most one segment's whole parameters besides.
 
     Args:
         seed: weights from scratch, drawn from this seed; with `weights` it draws what the files do not contain.
@@ -59,6 +62,7 @@ def build_stage(
         adapter_weights: directory of adapters to read; without it they are drawn from `seed`.
         trainable: names of the parameters that learn; None means all.
         allow_pickle: read pytorch_model.bin too.
+        division: what this tensor shard holds; None without tensor shards.
 
     Raises:
         UsageError, CheckpointError: see `build_skeleton`, `initialise` and `read_weights`.
@@ -67,14 +71,23 @@ def build_stage(
     added = set(adapters.names) if adapters is not None else set()
     own = dict.fromkeys([*stage_parameters(plan, segments), *plan.replicated])
     names = [name for name in own if name not in added]
-    if weights is not None:
-        read_weights(model, names, weights, device=device, seed=seed or 0, allow_pickle=allow_pickle)
-    else:
-        groups = all_names(model)
+    groups = all_names(model)
+
+    def fill(names: list[str]) -> None:
+        if weights is not None:
+            read_weights(model, names, weights, device=device, seed=seed or 0, allow_pickle=allow_pickle)
+            return
         for name in names:
             make_real(model, groups[name], device)
         if seed is not None:
             initialise(model, names, seed)
+
+    if division is None:
+        fill(names)
+    else:
+        one_by_one = [[name] for name in names]
+        fill_parts(model, one_by_one if weights is None else _by_segment(plan, names), division, fill)
+        mark(model, division, names)
     if adapters is not None:
         _add_adapters(model, adapters, [name for name in own if name in added], adapter_weights, device, seed or 0)
         if adapter_weights is not None:
@@ -88,6 +101,15 @@ def build_stage(
     for parameter in model.parameters():
         parameter.__dict__.pop(FIRST_VALUE, None)
     return model
+
+
+def _by_segment(plan: SlicePlan, names: list[str]) -> list[list[str]]:
+    """The names in groups, by the first segment that uses them."""
+    owners = plan.owners
+    groups: dict[int, list[str]] = {}
+    for name in names:
+        groups.setdefault(owners[name][0], []).append(name)
+    return list(groups.values())
 
 
 def _add_adapters(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +252,9 @@ def _no_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def stage_state_dict(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Tensor]:
+def stage_state_dict(
+    model: PreTrainedModel, names: Iterable[str], tensors: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The named parameters and buffers as `save_pretrained` would write them.
 
     Fused parameters are taken apart again and get the names of the published checkpoints; of tied names one is kept.
@@ -260,12 +262,14 @@ def stage_state_dict(model: PreTrainedModel, names: Iterable[str]) -> dict[str, 
     Args:
         model: the model; the named ones are real.
         names: first names of parameters and names of buffers (see `stage.saved_names`).
+        tensors: what to write under these names instead of what the model holds: the whole of divided parameters.
     """
     groups = all_names(model)
-    buffers = dict(model.named_buffers())
+    if tensors is None:
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     state: dict[str, Tensor] = {}
     for name in names:
-        tensor = buffers[name] if name in buffers else model.get_parameter(name)
+        tensor = tensors[name]
         for alias in groups.get(name, (name,)):
             state[alias] = tensor.detach()
     for ignored in model._keys_to_ignore_on_save or ():

@@ -19,7 +19,9 @@ from llmpipe_cli.errors import UsageError
 from llmpipe_cli.model.adapters import config_section, split_adapter
 from llmpipe_cli.model.auto import load_config, model_class, resolve_weights
 from llmpipe_cli.model.parity import require_parity
+from llmpipe_cli.model.skeleton import build_skeleton
 from llmpipe_cli.model.slicing.trace import NotSliceableError, trace_config, whole_plan
+from llmpipe_cli.model.tensor.apply import check_division
 from llmpipe_cli.model.weights import weight_files
 from llmpipe_cli.plan.layout import choose_layout, choose_micro_batch_size, choose_schedule, choose_zero_stage
 from llmpipe_cli.plan.learning import choose_learning
@@ -100,6 +102,8 @@ def make_plan(
     learning = choose_learning(recipe, job, cls, config, slice_plan, section, weights, adapter, resuming=checkpoint)
     slice_plan = learning.slice_plan
     layout = choose_layout(recipe, num_devices, device, slice_plan.num_segments)
+    if layout.tensor > 1:
+        check_division(build_skeleton(cls, config), layout.tensor)
     micro_batch_size, num_micro_batches = choose_micro_batch_size(recipe, layout)
     schedule = choose_schedule(recipe, layout, slice_plan, num_micro_batches)
     # Evaluation and generation have nothing to gain from several parts a stage.

@@ -292,8 +292,13 @@ def _batch(context: _Context) -> Iterator[Finding]:
 def _parallel(context: _Context) -> Iterator[Finding]:
     parallel = context.recipe.parallel
     if isinstance(parallel.tensor, int) and parallel.tensor > 1:
-        hint = "write 1 or auto, and split the model by pipeline stages"
-        yield Finding(("parallel.tensor",), "tensor shards are not available in this version", hint)
+        if context.recipe.train.optimizer == "adafactor":
+            message = "Adafactor keeps sums over the rows and columns of whole matrices, which tensor shards divide"
+            yield Finding(("train.optimizer", "parallel.tensor"), message, "use adamw, or tensor: 1")
+        attention = context.recipe.model.attn_implementation
+        if attention not in ("auto", "eager", "sdpa") and context.recipe.model.dropout != 0:
+            message = f"the attention {attention} draws its dropout masks itself, so they would depend on tensor shards"
+            yield Finding(("model.attn_implementation", "parallel.tensor"), message, "use sdpa, or model.dropout: 0")
     yield from _virtual_stages(context)
     if isinstance(parallel.partition, list) and isinstance(parallel.pipeline, int):
         given, chunks = len(parallel.partition), parallel.num_chunks

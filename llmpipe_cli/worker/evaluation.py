@@ -92,11 +92,12 @@ class Evaluator:
         inputs = [{name: value.to(device) for name, value in batch.inputs.items()} for batch in batches]
         micro_batches = [MicroBatch(index, each, 0) for index, each in zip(indices, inputs, strict=True)]
         order = forward_only(self._context.stage, plan.layout.pipeline, len(micro_batches), plan.placement)
-        self._executor.run(
-            order,
-            micro_batches,
-            on_output=lambda position, output: sums.update(batches[position], self._task.logits(output)),
-        )
+
+        def add(position: int, output: Any) -> None:
+            if self._context.shard == 0:  # all tensor shards have the same logits
+                sums.update(batches[position], self._task.logits(output))
+
+        self._executor.run(order, micro_batches, on_output=add)
 
     def _chunks(self, num_batches: int) -> Iterator[list[int]]:
         """This replica's micro-batches, a few at a time."""

@@ -20,8 +20,10 @@ from llmpipe_cli.engine.exchange import broadcast_json
 from llmpipe_cli.engine.module import StageModule, stage_chunks
 from llmpipe_cli.engine.schedules import splits_backward
 from llmpipe_cli.model.adapters import Adapters
+from llmpipe_cli.model.skeleton import build_skeleton
 from llmpipe_cli.model.slicing.plan import SlicePlan
 from llmpipe_cli.model.stage import build_stage
+from llmpipe_cli.model.tensor.apply import divide_model
 from llmpipe_cli.plan.plan import Plan
 from llmpipe_cli.recipe.schema import Recipe
 from llmpipe_cli.run import RunDirectory
@@ -57,6 +59,11 @@ class Context:
     def replica(self) -> int:
         """Data parallel rank."""
         return self.rank // self.plan.layout.tensor % self.plan.layout.data
+
+    @property
+    def shard(self) -> int:
+        """Tensor shard of this rank."""
+        return self.rank % self.plan.layout.tensor
 
 
 def join(run: RunDirectory, stop: StopFlag) -> Context:
@@ -98,9 +105,13 @@ def load_stage(context: Context) -> StageModule:
     """Build this rank's stage, with weights from the plan's directory or from the recipe's seed."""
     plan = context.plan
     slice_plan = SlicePlan.from_json(plan.slice_plan)
+    cls, config = getattr(transformers, plan.model_class), config_from_fields(plan)
+    division = None
+    if plan.layout.tensor > 1:
+        division = divide_model(build_skeleton(cls, config), context.shard, plan.layout.tensor)
     model = build_stage(
-        getattr(transformers, plan.model_class),
-        config_from_fields(plan),
+        cls,
+        config,
         slice_plan,
         [segment for chunk in stage_chunks(plan.partition, plan.placement, context.stage) for segment in chunk],
         dtype=DTYPES[context.recipe.model.dtype],
@@ -112,10 +123,18 @@ def load_stage(context: Context) -> StageModule:
         adapter_weights=plan.adapter_weights,
         trainable=set(plan.trainable) if plan.trainable is not None else None,
         allow_pickle=context.recipe.model.allow_pickle,
+        division=division,
     )
     split_backward = plan.job in ("train", "bench") and splits_backward(plan.schedule)
     module = StageModule(
-        model, slice_plan, plan.partition, plan.layout, placement=plan.placement, split_backward=split_backward
+        model,
+        slice_plan,
+        plan.partition,
+        plan.layout,
+        placement=plan.placement,
+        split_backward=split_backward,
+        division=division,
+        whole_logits=context.recipe.train.label_smoothing > 0,
     )
     for replay in module.replays:
         replay.set_checkpointing(plan.activation_checkpointing)

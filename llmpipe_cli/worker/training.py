@@ -230,7 +230,7 @@ class Trainer:
             "memory_bytes": float(peak_memory_bytes(self.context.device)),
             "stop": float(self.context.stop.is_set()),
             "save_failed": float(self.saver.has_failed),
-            "tokens": float(sum(_num_tokens(batch) for batch in batches)) if self.context.stage == 0 else 0.0,
+            "tokens": float(sum(_num_tokens(batch) for batch in batches)) if self._counts_tokens else 0.0,
         }
         mine = torch.tensor(list(row.values()), dtype=torch.float64, device=self.context.device)
         everyone = torch.zeros(dist.get_world_size() * len(row), dtype=torch.float64, device=self.context.device)
@@ -238,6 +238,11 @@ class Trainer:
         dist.all_gather_into_tensor(everyone, mine)
         recorder.end(waited=True)
         return [dict(zip(row, values, strict=True)) for values in everyone.view(-1, len(row)).tolist()]
+
+    @property
+    def _counts_tokens(self) -> bool:
+        """Of the ranks with the same micro-batches one counts them."""
+        return self.context.stage == 0 and self.context.shard == 0
 
     def _by_stage(self, rows: list[dict[str, float]]) -> list[dict[str, Any]]:
         """Times (mean over the replicas) and peak memory (largest) of each stage."""
@@ -276,7 +281,7 @@ class Trainer:
         """Write what every rank did in the last step; all ranks call this together."""
         records = [record._asdict() for record in self.engine.executor.recorder.records()]
         context = self.context
-        place = {"rank": context.rank, "stage": context.stage, "replica": context.replica}
+        place = {"rank": context.rank, "stage": context.stage, "replica": context.replica, "shard": context.shard}
         executor = self.engine.executor
         ranks = gather_json({**place, "records": records, "peak_activations": executor.peak_activations})
         if context.is_first:
