@@ -18,6 +18,7 @@ COMMANDS = [
     ["finetune"],
     ["evaluate"],
     ["generate"],
+    ["plan"],
     ["recipes"],
     ["recipes", "validate"],
     ["runs"],

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from llmpipe_cli.cli import bench, console, doctor, evaluate, generate, merge, recipes, runs, signals, train
+from llmpipe_cli.cli import bench, console, doctor, evaluate, generate, merge, plan, recipes, runs, signals, train
 from llmpipe_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, LlmpipeError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("train", help=train.train.__doc__)(train.train)
 app.command("pretrain", help="The same as [bold]train[/bold].", hidden=True)(train.train)
 app.command("finetune")(train.finetune)
 app.command("bench")(bench.bench)
+app.command("plan")(plan.plan)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("merge")(merge.merge)

@@ -24,11 +24,12 @@ from llmpipe_cli.cli.signals import StopSignals
 from llmpipe_cli.cluster.launchers.base import Job, Launcher, LaunchSpec
 from llmpipe_cli.cluster.outcome import Outcome
 from llmpipe_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, LlmpipeError, UsageError
-from llmpipe_cli.run import MetricsReader, RunDirectory, read_json, write_text
+from llmpipe_cli.run import MetricsReader, RunDirectory, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from llmpipe_cli.cluster.devices import Devices
     from llmpipe_cli.data.prepare import PreparedData
+    from llmpipe_cli.plan.forecast import Forecast
     from llmpipe_cli.plan.plan import Job as PlannedJob
     from llmpipe_cli.plan.plan import Plan
     from llmpipe_cli.recipe.load import LoadedRecipe
@@ -185,6 +186,10 @@ def plan_job(
     with places(loaded), console.working("planning"):
         from llmpipe_cli.plan.resolve import make_plan
 
+        if devices.kind == "cuda" and job in ("train", "bench") and checkpoint is None:
+            from llmpipe_cli.plan.propose import fill_auto, this_machine
+
+            recipe = fill_auto(recipe, this_machine(devices.count))
         return make_plan(
             recipe,
             data,
@@ -231,6 +236,7 @@ def run_plan(plan: Plan, loaded: LoadedRecipe | None, output_dir: Path, options:
     from llmpipe_cli.report.tables import progress_of
 
     launcher = options.starter
+    expected = _forecast(plan)
     if options.dry_run:
         _print_dry_run(plan, launcher, output_dir, options)
         return None
@@ -250,16 +256,43 @@ def run_plan(plan: Plan, loaded: LoadedRecipe | None, output_dir: Path, options:
             console.say(f"started {run.name}; `llmpipe runs show {run.name}`, `llmpipe runs cancel {run.name}`")
         return None
     run.write_controller()
+    if expected is not None:
+        write_json(run.path / "forecast.json", expected.to_json())
     progress = progress_of(run)
     with StopSignals() as signals:
-        outcome = watch(launcher.start(_spec(plan, run, options)), run, progress, signals)
+        outcome = watch(launcher.start(_spec(plan, run, options)), run, progress, signals, expected)
     return conclude(run, outcome, progress)
 
 
-def watch(job: Job, run: RunDirectory, progress: Progress, signals: StopSignals) -> Outcome:
-    """Show the job and pass on requests to stop until all its processes are gone."""
+def _forecast(plan: Plan) -> Forecast | None:
+    """What a training is expected to take, on devices like this machine's; refused when it does not fit.
+
+    Raises:
+        PreflightError: a stage needs more memory than a device has.
+    """
+    if plan.job not in ("train", "bench"):
+        return None
+    from llmpipe_cli.plan.forecast import forecast
+    from llmpipe_cli.plan.propose import machines_for
+
+    with console.working("predicting memory and time"):
+        return forecast(plan, machines_for(plan))
+
+
+def watch(
+    job: Job, run: RunDirectory, progress: Progress, signals: StopSignals, expected: Forecast | None = None
+) -> Outcome:
+    """Show the job and pass on requests to stop until all its processes are gone.
+
+    After the first steps it says how they compare with what was `expected`.
+    """
     from llmpipe_cli.report.live import make_view
 
+    comparison = None
+    if expected is not None:
+        from llmpipe_cli.plan.forecast import Comparison
+
+        comparison = Comparison(expected)
     reader = MetricsReader(run.metrics)
     view: View = make_view(progress, console.stderr())
     told = killed = False
@@ -267,7 +300,10 @@ def watch(job: Job, run: RunDirectory, progress: Progress, signals: StopSignals)
     view.start()
     try:
         while (outcome := job.poll()) is None:
-            view.add(reader.read())
+            lines = reader.read()
+            view.add(lines)
+            for sentence in comparison.add(lines) if comparison is not None else ():
+                view.say(sentence)
             if signals.kill and not killed:
                 killed = True
                 job.kill()

@@ -38,6 +38,8 @@ class Device:
         matmul_fraction: share of the peak that large matrix products reach.
         memory_fraction: share of the memory bandwidth that streaming kernels reach.
         launch_seconds: least time between two kernels of an eagerly run model.
+        units: multiprocessors (NVIDIA) or compute units (AMD); the tiles of a matrix product are dealt to them in
+            turns.
     """
 
     name: str
@@ -47,13 +49,27 @@ class Device:
     fp16: float
     memory_bandwidth: float
     link_gbps: float
-    matmul_fraction: float = 0.75
+    matmul_fraction: float = 0.8
     memory_fraction: float = 0.8
     launch_seconds: float = 5e-6
+    units: int = 108
 
     @property
     def is_cpu(self) -> bool:
         return self.name == "cpu"
+
+    def scaled(self, speed: float) -> Device:
+        """The same device, that much faster in all that it does."""
+        if speed == 1.0:
+            return self
+        return replace(
+            self,
+            fp32=self.fp32 * speed,
+            bf16=self.bf16 * speed,
+            fp16=self.fp16 * speed,
+            memory_bandwidth=self.memory_bandwidth * speed,
+            launch_seconds=self.launch_seconds / speed,
+        )
 
     def peak(self, dtype: str) -> float:
         """Peak FLOP/s of matrix products in `dtype` (fp32, bf16 or fp16).
@@ -68,31 +84,41 @@ class Device:
 
 
 def _device(
-    name: str, gib: float, fp32: float, bf16: float, fp16: float, bandwidth: float, link: float, **more: float
+    name: str,
+    gib: float,
+    fp32: float,
+    bf16: float,
+    fp16: float,
+    bandwidth: float,
+    link: float,
+    units: int,
+    **more: float,
 ) -> Device:
     """A row of the table: GiB, TFLOP/s, GB/s and Gbit/s."""
-    return Device(name, int(gib * GIB), fp32 * 1e12, bf16 * 1e12, fp16 * 1e12, bandwidth * 1e9, link, **more)
+    return Device(
+        name, int(gib * GIB), fp32 * 1e12, bf16 * 1e12, fp16 * 1e12, bandwidth * 1e9, link, units=units, **more
+    )
 
 
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        #       name         GiB  fp32   bf16    fp16    GB/s   Gbit/s to its neighbours
-        _device("a100-40gb", 39.5, 19.5, 312, 312, 1555, 2400),
-        _device("a100-80gb", 79.2, 19.5, 312, 312, 2039, 2400),
-        _device("h100-80gb", 79.2, 66.9, 989.4, 989.4, 3350, 3600, matmul_fraction=0.68),
-        _device("h200", 139.8, 66.9, 989.4, 989.4, 4800, 3600, matmul_fraction=0.70),
-        _device("b200", 178.0, 75.0, 2250, 2250, 8000, 7200, matmul_fraction=0.68),
-        _device("v100-16gb", 15.8, 15.7, 0, 125, 900, 1200),
-        _device("v100-32gb", 31.7, 15.7, 0, 125, 900, 1200),
-        _device("t4", 14.6, 8.1, 0, 65, 320, 100, matmul_fraction=0.5),
-        _device("a10", 22.0, 31.2, 125, 125, 600, 200, matmul_fraction=0.6),
-        _device("l4", 22.0, 30.3, 121, 121, 300, 200, matmul_fraction=0.6),
-        _device("rtx-4090", 23.5, 82.6, 165.2, 165.2, 1008, 200, matmul_fraction=0.85),
-        _device("mi250x", 64.0, 47.9, 191.5, 191.5, 1638, 800, matmul_fraction=0.65),
-        _device("mi300x", 191.0, 163.4, 1307.4, 1307.4, 5300, 3584, matmul_fraction=0.5),
+        #       name         GiB  fp32   bf16    fp16    GB/s   Gbit/s to its neighbours, multiprocessors
+        _device("a100-40gb", 39.5, 19.5, 312, 312, 1555, 2400, 108),
+        _device("a100-80gb", 79.2, 19.5, 312, 312, 2039, 2400, 108),
+        _device("h100-80gb", 79.2, 66.9, 989.4, 989.4, 3350, 3600, 132, matmul_fraction=0.68),
+        _device("h200", 139.8, 66.9, 989.4, 989.4, 4800, 3600, 132, matmul_fraction=0.70),
+        _device("b200", 178.0, 75.0, 2250, 2250, 8000, 7200, 148, matmul_fraction=0.68),
+        _device("v100-16gb", 15.8, 15.7, 0, 125, 900, 1200, 80, matmul_fraction=0.75),
+        _device("v100-32gb", 31.7, 15.7, 0, 125, 900, 1200, 80, matmul_fraction=0.75),
+        _device("t4", 14.6, 8.1, 0, 65, 320, 100, 40, matmul_fraction=0.5),
+        _device("a10", 22.0, 31.2, 125, 125, 600, 200, 72, matmul_fraction=0.6),
+        _device("l4", 22.0, 30.3, 121, 121, 300, 200, 58, matmul_fraction=0.6),
+        _device("rtx-4090", 23.5, 82.6, 165.2, 165.2, 1008, 200, 128, matmul_fraction=0.85),
+        _device("mi250x", 64.0, 47.9, 191.5, 191.5, 1638, 800, 110, matmul_fraction=0.65),
+        _device("mi300x", 191.0, 163.4, 1307.4, 1307.4, 5300, 3584, 304, matmul_fraction=0.5),
         # One core of a recent server: AVX2 at 3 GHz, a share of the memory's bandwidth; loopback between processes.
-        _device("cpu", 8.0, 0.096, 0.048, 0.012, 10, 16, matmul_fraction=0.7, launch_seconds=4e-6),
+        _device("cpu", 8.0, 0.096, 0.048, 0.012, 10, 16, 1, matmul_fraction=0.7, launch_seconds=4e-6),
     )
 }  # fmt: skip
 

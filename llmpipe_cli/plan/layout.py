@@ -1,5 +1,7 @@
 """Layout and batch arithmetic: what a recipe's numbers and the devices leave open is decided by simple rules.
 
+On accelerators `plan.propose.fill_auto` has filled the fields of a new training by searching before these rules apply.
+
 tensor    auto -> 1
 data      auto -> 1
 pipeline  auto -> devices / (data x tensor), at most one stage a segment of the model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llmpipe_cli.engine.schedules import Placement
 
@@ -24,26 +24,9 @@ def balance(costs: Sequence[float], num_stages: int) -> list[int]:
     count = len(costs)
     if not 1 <= num_stages <= count:
         raise ValueError(f"{count} segments cannot make {num_stages} stages")
-    before = [0.0]
-    for cost in costs:
-        before.append(before[-1] + cost)
-    worst = (float("inf"), float("inf"))
-    # best[s][n]: (largest cost, sum of squares) of the first n segments in s stages; cut[s][n]: where stage s began
-    best = [[worst] * (count + 1) for _ in range(num_stages + 1)]
-    cut = [[0] * (count + 1) for _ in range(num_stages + 1)]
-    best[0][0] = (0.0, 0.0)
-    for stage in range(1, num_stages + 1):
-        for stop in range(stage, count + 1):
-            for start in range(stage - 1, stop):
-                largest, squares = best[stage - 1][start]
-                cost = before[stop] - before[start]
-                candidate = (max(largest, cost), squares + cost * cost)
-                if candidate < best[stage][stop]:
-                    best[stage][stop], cut[stage][stop] = candidate, start
-    bounds = [count]
-    for stage in range(num_stages, 0, -1):
-        bounds.append(cut[stage][bounds[-1]])
-    return bounds[::-1]
+    bounds = balance_unequal([costs] * num_stages)
+    assert bounds is not None
+    return bounds
 
 
 def balance_parts(costs: Sequence[float], placement: Placement) -> list[int]:
@@ -81,3 +64,41 @@ def balance_parts(costs: Sequence[float], placement: Placement) -> list[int]:
         if not candidates or min(candidates)[0] >= best:
             return bounds
         best, bounds = min(candidates)
+
+
+def balance_unequal(
+    costs: Sequence[Sequence[float]], allowed: Callable[[int, int, int], bool] | None = None
+) -> list[int] | None:
+    """`balance` for stages of unequal speed, or with limits on what a stage can hold.
+
+    Args:
+        costs: for each stage the cost of every segment there.
+        allowed: whether stage s can hold segments [start, stop); what it cannot, no longer range can either.
+
+    Returns:
+        Bounds as `balance` gives them; None when no cut is allowed.
+    """
+    num_stages, count = len(costs), len(costs[0])
+    worst = (float("inf"), float("inf"))
+    best, cuts = [worst] * (count + 1), []
+    best[0] = (0.0, 0.0)
+    for stage in range(num_stages):
+        before = list(itertools.accumulate(costs[stage], initial=0.0))
+        found, cut = [worst] * (count + 1), [0] * (count + 1)
+        for stop in range(stage + 1, count + 1 - (num_stages - 1 - stage)):
+            for start in range(stop - 1, stage - 1, -1):
+                cost = before[stop] - before[start]
+                if cost > found[stop][0] or (allowed is not None and not allowed(stage, start, stop)):
+                    break  # longer ranges cost more and hold more
+                largest, squares = best[start]
+                candidate = (max(largest, cost), squares + cost * cost)
+                if candidate < found[stop]:
+                    found[stop], cut[stop] = candidate, start
+        best = found
+        cuts.append(cut)
+    if best[count] == worst:
+        return None
+    bounds = [count]
+    for cut in reversed(cuts):
+        bounds.append(cut[bounds[-1]])
+    return bounds[::-1]

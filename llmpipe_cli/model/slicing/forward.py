@@ -84,11 +84,17 @@ class ForwardPass:
     num_tokens: int
 
 
-def run_forward(model: PreTrainedModel, inputs: dict[str, Any]) -> ForwardPass:
-    """Run the forward once and note all layer calls, module calls and parameter uses."""
+def run_forward(model: PreTrainedModel, inputs: dict[str, Any], recorder: Recorder | None = None) -> ForwardPass:
+    """Run the forward once and note all layer calls, module calls and parameter uses.
+
+    Args:
+        model: the model.
+        inputs: keyword arguments of its forward.
+        recorder: one that notes more; else a plain one.
+    """
     layers = find_layers(model)
     names = {id(model.get_submodule(name)): name for name in layers}
-    recorder, clock = Recorder(model), PlaceClock()
+    recorder, clock = recorder or Recorder(model), PlaceClock()
     calls: list[LayerEvent] = []
     glue_calls: list[GlueEvent] = []
     numbers: dict[str, int] = defaultdict(int)

@@ -1,0 +1,269 @@
+"""Seconds of each segment, stage and step, from a model's profile, a device and a cluster's links.
+
+A matrix product takes the longer of its arithmetic and its traffic (a roofline), its arithmetic at
+
+    peak x matmul_fraction x (share of the multiprocessors' turns that tiles of the result fill)
+
+operations a second: small products fill a device badly. Elementwise kernels move bytes at the achievable bandwidth; no
+pass is faster than its kernels can be launched. A backward pass is two products for each one forward: the gradient of
+the input (I) and of the weight (W). Tensor shards wait for their all-reduces; replicas reduce gradients after the last
+micro-batch; then the optimizer reads and writes its state. The constants are stated here and in `plan.devices`, the
+same for all models and runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmpipe_cli.plan.cluster import Cluster
+from llmpipe_cli.plan.devices import Device
+from llmpipe_cli.plan.engines import EngineProfile
+from llmpipe_cli.plan.profile import Attention, ModelProfile, SegmentProfile
+from llmpipe_cli.plan.simulate import StageCosts
+
+TILES = ((256, 128, 1.0), (128, 128, 0.93), (128, 64, 0.8))
+"""Rows and columns of the result that one multiprocessor computes at a time, and their share of the best rate: smaller
+tiles load more than they compute. A library chooses the one that is done first."""
+CPU_HALF_SIZE = 8.0
+"""Size of a side of a matrix product at which a processor core reaches half its rate along that side."""
+ALIGNMENT = 64
+UNALIGNED_PRODUCT_FRACTION = 0.8
+"""Rate of products in 16 bit with a side that is no multiple of 64, which the fastest kernels need."""
+UNALIGNED_HEAD_FRACTION = 0.06
+"""Rate of unfused attention's products when a head's size is no multiple of 8: tensor cores cannot be used."""
+FUSED_ATTENTION_FRACTION = {"v100": 0.35, "a100": 0.55, "h100": 0.42, "h200": 0.42}
+DEFAULT_FUSED_ATTENTION_FRACTION = 0.4
+"""Share of the peak that fused attention reaches (Dao 2023, FlashAttention-2, figures 4 to 7)."""
+CPU_STREAMING = 2.5
+"""A processor's optimizer step streams whole arrays this much faster than the kernels of a layer move theirs."""
+BACKWARD_TRAFFIC = 1.6
+"""Bytes that elementwise kernels move in a backward pass, as a multiple of the forward pass's."""
+ADAM_BYTES = 30.0
+"""Bytes a parameter that a mixed-precision Adam step reads and writes: gradient, master, two moments; the same back."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How micro-batches run on a device.
+
+    Attributes:
+        device: the device.
+        cluster: for the links.
+        engine: whose engine.
+        dtype: fp32, bf16 or fp16.
+        micro_batch_size: samples.
+        sequence_len: tokens a sample.
+        tensor: tensor shards.
+        checkpointing: none, selective or full.
+    """
+
+    device: Device
+    cluster: Cluster
+    engine: EngineProfile
+    dtype: str
+    micro_batch_size: int
+    sequence_len: int
+    tensor: int = 1
+    checkpointing: str = "none"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_batch_size * self.sequence_len
+
+
+def product_seconds(device: Device, dtype: str, rows: float, inner: float, outer: float, batch: float = 1.0) -> float:
+    """Time of `batch` matrix products [rows, inner] x [inner, outer] in one kernel."""
+    flops = 2.0 * batch * rows * inner * outer
+    if device.is_cpu:
+        half = CPU_HALF_SIZE
+        filled = (rows / (rows + half)) * (inner / (inner + half)) * (outer / (outer + half))
+    else:
+        filled = max(_occupied(device.units, rows, outer, tile, batch) for tile in TILES)
+        if dtype != "fp32" and (inner % ALIGNMENT or outer % ALIGNMENT):
+            filled *= UNALIGNED_PRODUCT_FRACTION
+    width = 4 if dtype == "fp32" else 2
+    moved = width * batch * (rows * inner + inner * outer + rows * outer)
+    return max(
+        flops / (device.peak(dtype) * device.matmul_fraction * filled),
+        moved / (device.memory_bandwidth * device.memory_fraction),
+    )
+
+
+def _occupied(units: int, rows: float, outer: float, tile: tuple[int, int, float], batch: float) -> float:
+    """Share of the best rate: part of the tiles lies outside the result, part of the last turn's units is idle."""
+    height, width, rate = tile
+    tiles = batch * math.ceil(rows / height) * math.ceil(outer / width)
+    turns = math.ceil(tiles / units)
+    return rate * batch * rows * outer / (turns * units * height * width)
+
+
+def attention_seconds(attention: Attention, conditions: Conditions) -> float:
+    """Time of the forward pass of an attention's two products on one tensor shard."""
+    device, length = conditions.device, conditions.sequence_len
+    flops = conditions.tokens * attention.flops_squared * length / conditions.tensor
+    peak = device.peak(conditions.dtype)
+    if attention.fused:
+        if attention.causal:
+            flops /= 2
+        family = device.name.partition("-")[0]
+        share = FUSED_ATTENTION_FRACTION.get(family, DEFAULT_FUSED_ATTENTION_FRACTION)
+        return flops / (peak * (device.matmul_fraction if device.is_cpu else share))
+    batch = conditions.micro_batch_size * attention.heads / conditions.tensor
+    dim = attention.head_dim
+    seconds = product_seconds(device, conditions.dtype, length, dim, length, batch)
+    seconds += product_seconds(device, conditions.dtype, length, length, dim, batch)
+    if dim % 8 and not device.is_cpu:
+        seconds = max(seconds, flops / attention.count / (peak * UNALIGNED_HEAD_FRACTION))
+    return attention.count * seconds
+
+
+def segment_costs(segment: SegmentProfile, conditions: Conditions) -> StageCosts:
+    """Seconds of one micro-batch: forward, input gradient and weight gradient; recomputation is in the second."""
+    device, tokens, tensor = conditions.device, conditions.tokens, conditions.tensor
+    forward = inputs = weights = 0.0
+    for product in segment.products:
+        inner, outer = product.shard(tensor)
+        rows = tokens * product.rows
+        forward += product.count * product_seconds(device, conditions.dtype, rows, inner, outer)
+        inputs += product.count * product_seconds(device, conditions.dtype, rows, outer, inner)
+        weights += product.count * product_seconds(device, conditions.dtype, inner, rows, outer)
+    core = sum(attention_seconds(attention, conditions) for attention in segment.attentions)
+    fused = any(attention.fused for attention in segment.attentions)
+    moved = segment.traffic
+    if conditions.engine.sequence_parallel:
+        moved_bytes = tokens * (moved.whole + moved.cut + moved.squared * conditions.sequence_len) / tensor
+    else:
+        moved_bytes = moved.bytes(tokens, conditions.sequence_len, tensor)
+    rate = device.memory_bandwidth * device.memory_fraction
+    streamed = conditions.engine.traffic * moved_bytes / rate
+    scores = tokens * moved.squared * conditions.sequence_len / tensor / rate
+    reduced = 0.0
+    if tensor > 1 and segment.all_reduces:
+        once = conditions.cluster.ring_seconds(tokens * segment.carried, tensor, 1)
+        reduced = segment.all_reduces * (once + conditions.engine.collective_seconds)
+    launches = segment.kernels * device.launch_seconds
+    whole_forward = max(forward + core + streamed, launches) + reduced
+    whole_inputs = max(inputs + (2.5 if fused else 2.0) * core + BACKWARD_TRAFFIC * streamed, launches) + reduced
+    learning = segment.learning_on(tensor)
+    accumulated = learning * (2 + conditions.engine.gradient_bytes[conditions.dtype] * 2) / rate
+    if segment.kind == "layer":
+        if conditions.checkpointing == "full":
+            whole_inputs += whole_forward
+        elif conditions.checkpointing == "selective":
+            whole_inputs += _selected_again(conditions.engine, whole_forward, core, streamed, scores, fused)
+    share = learning / max(segment.parameters_on(tensor), 1.0)
+    return StageCosts(whole_forward, whole_inputs, weights * share + accumulated)
+
+
+def _selected_again(
+    engine: EngineProfile, forward: float, core: float, streamed: float, scores: float, fused: bool
+) -> float:
+    """Seconds of what selective checkpointing computes again in a layer."""
+    if engine.selective_elementwise:  # all but matrix products with weights and fused attention
+        return streamed + (0.0 if fused else core)
+    return core + scores + engine.selective_share * (forward - core - scores)
+
+
+def profile_costs(profile: ModelProfile, conditions: Conditions) -> list[StageCosts]:
+    """`segment_costs` of every segment; like segments are worked out once."""
+    known: dict[int, StageCosts] = {}
+    costs = []
+    for segment in profile.segments:
+        key = id(segment)
+        if key not in known:
+            known[key] = segment_costs(segment, conditions)
+        costs.append(known[key])
+    return costs
+
+
+def stage_costs(costs: Sequence[StageCosts], bounds: Sequence[int]) -> list[StageCosts]:
+    """Costs of each stage, the sum of its segments'."""
+    return [
+        StageCosts(
+            sum(cost.forward for cost in costs[start:stop]),
+            sum(cost.input_gradient for cost in costs[start:stop]),
+            sum(cost.weight_gradient for cost in costs[start:stop]),
+        )
+        for start, stop in itertools.pairwise(bounds)
+    ]
+
+
+def transfer_seconds(profile: ModelProfile, conditions: Conditions, bounds: Sequence[int], data: int) -> list[float]:
+    """Time for one micro-batch's carried tensors from each stage but the last to the next.
+
+    Args:
+        profile: the model.
+        conditions: how micro-batches run.
+        bounds: first segment of each stage and, last, the number of segments.
+        data: replicas, whose stages lie between a device and its successor.
+    """
+    cluster, tensor = conditions.cluster, conditions.tensor
+    ranks, per_node = tensor * data, cluster.devices_per_node
+    times = []
+    for stage, boundary in enumerate(bounds[1:-1], 1):
+        crosses = (stage * ranks) // per_node != (stage * ranks - ranks) // per_node
+        num_bytes = conditions.tokens * profile.segments[boundary - 1].carried
+        if conditions.engine.partitioned_transfers:
+            gathered = cluster.ring_seconds(num_bytes, tensor, 1, rounds=1)
+            whole = 0.0 if conditions.engine.sequence_parallel else gathered
+            times.append(cluster.seconds(num_bytes / tensor, crosses) + whole)
+        else:
+            times.append(cluster.seconds(num_bytes, crosses))
+    return times
+
+
+@dataclass(frozen=True)
+class EndOfStep:
+    """What a stage does once a step.
+
+    Attributes:
+        reduce: replicas sum their gradients and, under ZeRO-1, share the new parameters; seconds.
+        ties: stages with the same parameter sum its gradients; seconds.
+        optimizer: seconds.
+        host: seconds.
+    """
+
+    reduce: float
+    ties: float
+    optimizer: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        return self.reduce + self.ties + self.optimizer + self.host
+
+
+def end_of_step(
+    segments: Sequence[SegmentProfile], conditions: Conditions, *, data: int, zero_stage: int, pipeline: int
+) -> EndOfStep:
+    """Seconds between a stage's last micro-batch and the next step.
+
+    Args:
+        segments: the stage's segments.
+        conditions: how micro-batches run.
+        data: replicas.
+        zero_stage: 0 or 1.
+        pipeline: stages.
+    """
+    engine, cluster, device, dtype = conditions.engine, conditions.cluster, conditions.device, conditions.dtype
+    tensor = conditions.tensor
+    learning = sum(segment.learning_on(tensor) for segment in segments)
+    rounds = engine.reduce_rounds[dtype]
+    reduce = cluster.ring_seconds(learning * engine.reduce_bytes[dtype], data, tensor, rounds)
+    if zero_stage:
+        reduce += cluster.ring_seconds(learning * (4 if dtype == "fp32" else 2), data, tensor, 1)
+    reduce *= 1 - engine.overlapped
+    tied = sum(segment.tied for segment in segments) / tensor
+    ties = 0.0
+    if tied and pipeline > 1:
+        ties = cluster.ring_seconds(tied * engine.reduce_bytes[dtype], 2, data * tensor * (pipeline - 1), 2)
+    share = data if zero_stage else 1
+    rate = device.memory_bandwidth * device.memory_fraction
+    if device.is_cpu:
+        rate *= CPU_STREAMING
+    optimizer = learning * ADAM_BYTES / share / rate + learning * engine.gradient_bytes[dtype] / rate
+    return EndOfStep(reduce, ties, optimizer, engine.host_seconds)

@@ -1,0 +1,117 @@
+"""How training engines differ where it costs time or memory: ours, and those that published runs were made with.
+
+Each engine is one fixed set of facts. Ours is checked by measuring (`docs/planner.md`); the others are read from their
+source code and serve the comparison with published runs (`benchmarks/published_runs.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmpipe_cli.plan.devices import GIB
+
+
+@dataclass(frozen=True)
+class EngineProfile:
+    """One engine.
+
+    Attributes:
+        name: its name.
+        blocking_transfers: a stage computes nothing while it sends and receives.
+        partitioned_transfers: tensor shards send a part of the carried tensors each and gather them on the other side.
+        gradient_bytes: bytes of stored gradient a learning parameter, by dtype of the model.
+        reduce_bytes: bytes a learning parameter that replicas reduce, by dtype.
+        reduce_rounds: 2 for an all-reduce, 1 for a reduce-scatter; by dtype.
+        extra_parameter_bytes: further bytes a parameter that the engine holds (flat copies), by dtype.
+        fixed_bytes: context of the driver, communicators' buffers, reduction buckets.
+        kept_boundaries: copies of a boundary's tensor that a stage keeps for each live micro-batch, besides what
+            autograd saves.
+        slack: share by which an allocator's reservation exceeds what is in use.
+        sequence_parallel: norms, dropout and boundaries are divided by the tensor shards too.
+        shards_everything: replicas divide weights and gradients too (FSDP).
+        selective_elementwise: selective checkpointing keeps products with weights and fused attention, nothing else;
+            without it, it recomputes attention alone.
+        selective_share: share of a layer's forward pass besides attention that selective checkpointing computes again.
+        traffic: bytes of elementwise kernels, as a multiple of the profile's.
+        collective_seconds: time that tensor shards lose at each all-reduce besides its own, waiting for the slowest
+            host.
+        overlapped: share of the reduction of gradients that goes on behind the backward pass.
+        host_seconds: time a step on the host besides: logging, learning rate, data.
+    """
+
+    name: str
+    blocking_transfers: bool
+    partitioned_transfers: bool
+    gradient_bytes: dict[str, float]
+    reduce_bytes: dict[str, float]
+    reduce_rounds: dict[str, int]
+    extra_parameter_bytes: dict[str, float]
+    fixed_bytes: float
+    kept_boundaries: float
+    slack: float
+    sequence_parallel: bool = False
+    shards_everything: bool = False
+    selective_elementwise: bool = False
+    selective_share: float = 0.0
+    traffic: float = 1.0
+    collective_seconds: float = 0.0
+    overlapped: float = 0.0
+    host_seconds: float = 0.05
+
+
+OURS = EngineProfile(
+    name="llmpipe",
+    blocking_transfers=False,
+    partitioned_transfers=False,
+    gradient_bytes={"fp32": 4, "bf16": 4, "fp16": 2},
+    reduce_bytes={"fp32": 4, "bf16": 4, "fp16": 2},
+    reduce_rounds={"fp32": 2, "bf16": 2, "fp16": 2},
+    extra_parameter_bytes={"fp32": 0, "bf16": 0, "fp16": 2},
+    fixed_bytes=1.5 * GIB,
+    kept_boundaries=2,
+    slack=0.05,
+    selective_elementwise=True,
+    host_seconds=0.005,
+)
+MEGATRON = EngineProfile(
+    name="megatron-lm",
+    blocking_transfers=True,
+    partitioned_transfers=True,
+    gradient_bytes={"fp32": 4, "bf16": 4, "fp16": 4},
+    reduce_bytes={"fp32": 4, "bf16": 4, "fp16": 4},
+    reduce_rounds={"fp32": 2, "bf16": 2, "fp16": 2},
+    extra_parameter_bytes={"fp32": 0, "bf16": 0, "fp16": 0},
+    fixed_bytes=3.0 * GIB,
+    kept_boundaries=1,
+    slack=0.05,
+)
+MEGATRON_DEEPSPEED = EngineProfile(
+    name="megatron-deepspeed",
+    blocking_transfers=True,
+    partitioned_transfers=True,
+    gradient_bytes={"fp32": 4, "bf16": 4, "fp16": 2},
+    reduce_bytes={"fp32": 4, "bf16": 4, "fp16": 2},
+    reduce_rounds={"fp32": 2, "bf16": 2, "fp16": 2},
+    extra_parameter_bytes={"fp32": 0, "bf16": 4, "fp16": 1.3},
+    fixed_bytes=4.0 * GIB,
+    kept_boundaries=2,
+    slack=0.0,
+    # its pipeline engine runs tensor shards without a common clock; from runs of one site, the same for all of them
+    collective_seconds=1e-3,
+)
+TORCHTITAN = EngineProfile(
+    name="torchtitan",
+    blocking_transfers=False,
+    partitioned_transfers=False,
+    gradient_bytes={"fp32": 4, "bf16": 4, "fp16": 4},
+    reduce_bytes={"fp32": 4, "bf16": 4, "fp16": 4},
+    reduce_rounds={"fp32": 1, "bf16": 1, "fp16": 1},
+    extra_parameter_bytes={"fp32": 0, "bf16": 0, "fp16": 0},
+    fixed_bytes=2.0 * GIB,
+    kept_boundaries=1,
+    slack=0.05,
+    shards_everything=True,
+    selective_share=0.5,
+    traffic=2.0,
+    overlapped=0.8,
+)

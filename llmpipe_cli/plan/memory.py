@@ -1,0 +1,179 @@
+"""Bytes of a stage: weights, gradients, optimizer, activations, buffers.
+
+Weights, gradients and optimizer state follow from the stage's parameters, the dtype and the ZeRO stage (Rajbhandari et
+al. 2020: 2 + 2 + 12 bytes a parameter in 16 bit with Adam, the 12 divided by the replicas under ZeRO-1). Activations
+are what autograd keeps for each live micro-batch, as the schedule makes them live; under full checkpointing only the
+inputs of layers, and one layer's own while it is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmpipe_cli.plan.cost import Conditions
+from llmpipe_cli.plan.profile import SegmentProfile, Size
+
+OPTIMIZER_STATES = {"adamw": 2, "lion": 1, "sgd": 1, "adafactor": 0}
+"""fp32 numbers a parameter besides the master weight; adafactor's row and column sums are negligible."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one rank of a stage, by what they are for.
+
+    Attributes:
+        weights: parameters in the model's dtype.
+        gradients: stored gradients.
+        optimizer: fp32 masters and moments.
+        activations: of live micro-batches, and what a layer needs while it runs.
+        buffers: flat copies, communication, the driver's context, allocator slack.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+
+
+Held = Sequence[tuple[Sequence[int], Sequence[int]]]
+"""Numbers of micro-batches that a stage holds at its fullest moments, a number for each of its chunks: those whose
+activations wait for the backward pass, and those that only wait for their weight gradients."""
+
+
+@dataclass(frozen=True)
+class ChunkMemory:
+    """What a part of the model needs on a rank, whatever the schedule.
+
+    Attributes:
+        parameters: elements.
+        learning: elements that learn.
+        kept: bytes of one micro-batch between its forward and its backward pass.
+        pending: bytes of one micro-batch whose weight gradients are postponed.
+        working: bytes that its hungriest segment needs only while it runs.
+    """
+
+    parameters: float
+    learning: float
+    kept: float
+    pending: float
+    working: float
+
+
+def chunk_memory(
+    segments: Sequence[SegmentProfile], conditions: Conditions, *, received: float = 0.0, alone: bool = False
+) -> ChunkMemory:
+    """Memory of consecutive segments.
+
+    Args:
+        segments: the segments.
+        conditions: how micro-batches run.
+        received: bytes a token that the part before sends; 0 for the first part.
+        alone: the only part: nothing is sent or received.
+    """
+    tensor = conditions.tensor
+    return ChunkMemory(
+        parameters=sum(segment.parameters_on(tensor) for segment in segments),
+        learning=sum(segment.learning_on(tensor) for segment in segments),
+        kept=_kept(segments, conditions, received, alone),
+        pending=_pending(segments, conditions),
+        working=max(_working(segment, conditions) for segment in segments),
+    )
+
+
+def stage_memory(
+    chunks: Sequence[ChunkMemory],
+    conditions: Conditions,
+    held: Held,
+    *,
+    data: int,
+    zero_stage: int,
+    optimizer: str = "adamw",
+) -> StageMemory:
+    """Peak memory of a rank.
+
+    Args:
+        chunks: the parts of the model that the stage holds.
+        conditions: how micro-batches run.
+        held: micro-batches at the fullest moments.
+        data: replicas.
+        zero_stage: 0 or 1.
+        optimizer: name of the optimizer.
+    """
+    engine, dtype = conditions.engine, conditions.dtype
+    width = 4 if dtype == "fp32" else 2
+    parameters = sum(chunk.parameters for chunk in chunks)
+    learning = sum(chunk.learning for chunk in chunks)
+    if engine.shards_everything:  # one layer is whole at a time
+        learning, parameters = learning / data, parameters / data
+    states = 4.0 * OPTIMIZER_STATES[optimizer]
+    masters = 4.0 if dtype != "fp32" or zero_stage else 0.0
+    share = data if zero_stage and not engine.shards_everything else 1
+    weights, gradients = parameters * width, learning * engine.gradient_bytes[dtype]
+    state = learning * (states + masters) / share
+    activations = max(
+        sum(
+            number * chunk.kept + postponed * chunk.pending
+            for number, postponed, chunk in zip(alive, waiting, chunks, strict=True)
+        )
+        for alive, waiting in held
+    ) + max(chunk.working for chunk in chunks)
+    # a process on a CPU has no driver's context
+    fixed = 0.0 if conditions.device.is_cpu else engine.fixed_bytes
+    buffers = fixed + engine.extra_parameter_bytes[dtype] * learning
+    buffers += engine.slack * (weights + gradients + state + activations + buffers)
+    return StageMemory(weights, gradients, state, activations, buffers)
+
+
+def _kept(chunk: Sequence[SegmentProfile], conditions: Conditions, received: float, alone: bool) -> float:
+    """Bytes of one micro-batch between its forward and its backward pass through a chunk."""
+    engine, tokens = conditions.engine, conditions.tokens
+    divided = conditions.tensor if engine.sequence_parallel else 1
+    kept = 0.0
+    before = received
+    for segment in chunk:
+        if segment.kind == "layer" and conditions.checkpointing == "full":
+            kept += tokens * (before or segment.carried) / divided
+        elif segment.kind == "layer" and conditions.checkpointing == "selective":
+            kept += _bytes(segment.selective_saved, conditions) * (1 - engine.selective_share)
+        else:
+            kept += _bytes(segment.saved, conditions)
+        before = segment.carried
+    if not alone:
+        kept += engine.kept_boundaries * tokens * max(received, chunk[-1].carried) / divided
+    return kept
+
+
+def _pending(chunk: Sequence[SegmentProfile], conditions: Conditions) -> float:
+    """Bytes of one micro-batch whose weight gradients of a chunk are postponed: inputs and output gradients."""
+    width, tensor = (4 if conditions.dtype == "fp32" else 2), conditions.tensor
+    elements = 0.0
+    for segment in chunk:
+        for product in segment.products:
+            inner, outer = product.shard(tensor)
+            elements += product.count * product.rows * (inner + outer)
+    return conditions.tokens * elements * width
+
+
+def _working(segment: SegmentProfile, conditions: Conditions) -> float:
+    """Bytes that a segment needs only while it runs."""
+    working = segment.temporary.bytes(conditions.tokens, conditions.sequence_len, conditions.tensor)
+    if segment.kind == "layer" and conditions.checkpointing != "none":
+        saved = _bytes(segment.saved, conditions)
+        if conditions.checkpointing == "selective":
+            saved -= _bytes(segment.selective_saved, conditions) * (1 - conditions.engine.selective_share)
+        working += saved
+    return working
+
+
+def _bytes(size: Size, conditions: Conditions) -> float:
+    """A rank's bytes of a size for one micro-batch."""
+    tokens, length, tensor = conditions.tokens, conditions.sequence_len, conditions.tensor
+    if conditions.engine.sequence_parallel:
+        return tokens * (size.whole + size.cut + size.squared * length) / tensor
+    return size.bytes(tokens, length, tensor)

@@ -1,0 +1,359 @@
+"""From a recipe to proposals: the model's profile, what the recipe pins, the search, and the answer as JSON.
+
+Only the model's config is needed: no weights, no tokenizer, no prepared data.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llmpipe_cli.errors import LlmpipeError, PreflightError, UsageError
+from llmpipe_cli.plan.calibration import Calibration, calibrate_run, links_of, read_links
+from llmpipe_cli.plan.cluster import Cluster, Node, one_node, read_cluster
+from llmpipe_cli.plan.devices import DEVICES, GIB, Device, match_device
+from llmpipe_cli.plan.plan import Plan
+from llmpipe_cli.plan.profile import ModelProfile
+from llmpipe_cli.plan.search import Candidate, Found, Job, Pins, search, why_not, why_slower
+from llmpipe_cli.recipe.schema import Recipe
+
+SECONDS_A_DAY = 86400.0
+MAX_SHOWN = 20
+
+
+def this_machine(requested: int | None = None) -> Cluster:
+    """The devices of this machine; a processor's cores share its memory.
+
+    Raises:
+        PreflightError: more accelerators are asked for than there are.
+    """
+    from llmpipe_cli.cluster.devices import local_devices, num_cores
+
+    found = local_devices(requested)
+    if found.kind == "cpu":
+        base = DEVICES["cpu"]
+        cores = max(1.0, num_cores() / found.count) if found.count <= num_cores() else num_cores() / found.count
+        device = replace(
+            base,
+            memory_bytes=found.memory_bytes,
+            fp32=base.fp32 * cores,
+            bf16=base.bf16 * cores,
+            fp16=base.fp16 * cores,
+        )
+        return one_node(device, found.count)
+    known = match_device(found.name, found.memory_bytes)
+    if known is None:  # an accelerator that the table lacks: rates of one that is common
+        known = replace(DEVICES["a10"], name=found.name, memory_bytes=found.memory_bytes)
+    return one_node(known, found.count)
+
+
+def machines_for(plan: Plan) -> Cluster:
+    """Devices like this machine's, as many as a plan has ranks."""
+    num_ranks = plan.layout.num_ranks
+    local = this_machine()
+    if num_ranks <= local.num_devices:
+        return local
+    if plan.device == "cpu":
+        return this_machine(num_ranks)
+    return local.first_nodes(-(-num_ranks // local.num_devices))
+
+
+def hostfile_cluster(path: Path, device: Device) -> Cluster:
+    """The nodes of a hostfile, with devices like this machine's, and links as `llmpipe doctor` last measured them.
+
+    Raises:
+        UsageError: the hostfile has mistakes.
+    """
+    from llmpipe_cli.cluster.hostfile import read_hostfile
+    from llmpipe_cli.cluster.network import read_figures
+    from llmpipe_cli.data.cache import default_cache_dir
+
+    nodes = tuple(Node(device, host.slots, host.name) for host in read_hostfile(path))
+    cluster = replace(one_node(device, 1), nodes=nodes, source=str(path))
+    figures = read_figures([node.host for node in nodes], default_cache_dir())
+    return cluster if figures is None else links_of(figures, str(path)).apply(cluster)
+
+
+def find_cluster(hostfile: Path | None, cluster: Path | None, devices: int | None) -> Cluster:
+    """The cluster that the flags name: a description, a hostfile, or this machine.
+
+    Raises:
+        UsageError: both are given, or one has mistakes.
+    """
+    if hostfile is not None and cluster is not None:
+        raise UsageError("give --hostfile or --cluster, not both", where="--cluster")
+    if cluster is not None:
+        return read_cluster(cluster)
+    if hostfile is not None:
+        return hostfile_cluster(hostfile, this_machine().nodes[0].device)
+    return this_machine(devices)
+
+
+def recipe_profile(recipe: Recipe) -> ModelProfile:
+    """The profile of the recipe's model, from its config.
+
+    Raises:
+        UsageError: no such model, or one that cannot be traced.
+    """
+    from llmpipe_cli.model.adapters import config_section, split_adapter
+    from llmpipe_cli.model.auto import load_config, model_class
+    from llmpipe_cli.model.slicing.trace import NotSliceableError, trace_config, whole_plan
+    from llmpipe_cli.plan.learning import choose_learning
+    from llmpipe_cli.plan.measure import measure_profile
+
+    section, adapter = split_adapter(recipe.model)
+    tokenizer = recipe.tokenizer
+    vocab_size = None if tokenizer is None or isinstance(tokenizer, str) else tokenizer.train.vocab_size
+    config = load_config(config_section(section, adapter), recipe.task, vocab_size=vocab_size)
+    cls = model_class(config, recipe.task)
+    attention = section.attn_implementation
+    try:
+        slice_plan = trace_config(
+            cls, config, recipe.task, sequence_len=recipe.data.sequence_len, attn_implementation=attention
+        )
+    except NotSliceableError:
+        if recipe.parallel.pipeline not in (1, "auto"):
+            raise
+        slice_plan = whole_plan(cls, config)
+    trainable: list[str] | None = None
+    if recipe.lora is not None:
+        trainable = []  # the adapters are small beside what is frozen
+    elif recipe.train.freeze or recipe.train.trainable:
+        trainable = choose_learning(recipe, "train", cls, config, slice_plan, section, None, None).trainable
+    return measure_profile(
+        cls,
+        config,
+        recipe.task,
+        slice_plan,
+        dtype=recipe.model.dtype,
+        attn_implementation=attention,
+        trainable=trainable,
+    )
+
+
+def recipe_pins(recipe: Recipe) -> Pins:
+    """What the recipe fixes."""
+    parallel, train = recipe.parallel, recipe.train
+
+    def fixed(value: Any) -> Any:
+        return None if value == "auto" else value
+
+    return Pins(
+        pipeline=fixed(parallel.pipeline),
+        tensor=fixed(parallel.tensor),
+        data=fixed(parallel.data),
+        micro_batch_size=fixed(train.micro_batch_size),
+        num_micro_batches=train.gradient_accumulation_steps,
+        schedule=fixed(parallel.schedule),
+        zero_stage=fixed(parallel.zero_stage),
+        checkpointing=fixed(parallel.activation_checkpointing),
+        partition=tuple(parallel.partition) if isinstance(parallel.partition, list) else None,
+        chunks=parallel.virtual_stages if isinstance(parallel.virtual_stages, int) else Pins().chunks,
+    )
+
+
+def make_job(
+    recipe: Recipe, cluster: Cluster, profile: ModelProfile | None = None, calibration: Calibration | None = None
+) -> Job:
+    """The search's task for a recipe on a cluster.
+
+    Args:
+        recipe: the recipe.
+        cluster: where it runs.
+        profile: the recipe's profile if it is known already.
+        calibration: what was measured.
+
+    Raises:
+        UsageError: no such model, or one that cannot be traced; a device without the recipe's dtype.
+    """
+    profile = profile or recipe_profile(recipe)
+    if calibration is not None:
+        cluster = calibration.apply(cluster)
+    for node in cluster.nodes:
+        node.device.peak(profile.dtype)
+    return Job(
+        profile,
+        cluster,
+        recipe.train.global_batch_size,
+        recipe.data.sequence_len,
+        optimizer=recipe.train.optimizer,
+        pins=recipe_pins(recipe),
+        speeds=calibration.speeds if calibration is not None else (),
+    )
+
+
+def fill_auto(recipe: Recipe, cluster: Cluster) -> Recipe:
+    """The recipe with `auto` in its layout, schedule, checkpointing and micro-batch replaced by the best layout's.
+
+    Raises:
+        UsageError: no layout is possible.
+        PreflightError: none fits the devices' memory.
+    """
+    job = make_job(recipe, cluster)
+    found = search(job, keep=1)
+    if not found.best:
+        raise refusal(job, found)
+    best = found.best[0]
+    choice = best.choice
+    chosen: dict[str, Any] = {
+        "pipeline": choice.pipeline,
+        "tensor": choice.tensor,
+        "data": choice.data,
+        "schedule": choice.schedule,
+        "zero_stage": choice.zero_stage,
+        "activation_checkpointing": choice.checkpointing,
+        "partition": [stop - start for start, stop in itertools.pairwise(best.bounds)],
+    }
+    if choice.schedule == "interleaved":
+        chosen["virtual_stages"] = job.pins.chunks
+    return recipe.model_copy(
+        update={
+            "parallel": recipe.parallel.model_copy(update=chosen),
+            "train": recipe.train.model_copy(update={"micro_batch_size": choice.micro_batch_size}),
+        }
+    )
+
+
+def as_json(job: Job, found: Found, recipe: Recipe) -> dict[str, Any]:
+    """The answer: `layouts`, best first and then those that do not fit, and `chosen`."""
+    shown = [*found.best, *found.unfit][: max(MAX_SHOWN, len(found.best))]
+    layouts = [_layout(job, candidate, found) for candidate in shown]
+    return {
+        "layouts": layouts,
+        "chosen": 0 if found.best else None,
+        "num_considered": found.num_considered,
+        "num_fitting": found.num_fitting,
+        "cluster": {
+            "nodes": len(job.cluster.nodes),
+            "devices": job.cluster.num_devices,
+            "device": job.cluster.nodes[0].device.name,
+            "intra_node_gbps": job.cluster.intra_node_gbps,
+            "inter_node_gbps": job.cluster.inter_node_gbps,
+            "source": job.cluster.source,
+        },
+        "num_parameters": job.profile.num_parameters,
+        "training": _whole_training(job, found, recipe),
+    }
+
+
+def _layout(job: Job, candidate: Candidate, found: Found) -> dict[str, Any]:
+    choice = candidate.choice
+    tokens = job.global_batch_size * job.sequence_len
+    forward = job.profile.flops(tokens, job.sequence_len)
+    seconds = candidate.seconds
+    model_flops, hardware_flops = 3 * forward, (3 + recomputed_share(job, choice.checkpointing)) * forward
+    per_device = None if seconds is None else 1 / seconds / choice.num_devices / 1e12
+    best = found.best[0] if found.best else None
+    reason = None
+    if not candidate.fits:
+        reason = why_not(candidate)
+    elif best is not None and candidate is not best:
+        reason = why_slower(candidate, best)
+    return {
+        "pipeline": choice.pipeline,
+        "tensor": choice.tensor,
+        "data": choice.data,
+        "micro_batch_size": choice.micro_batch_size,
+        "num_micro_batches": choice.num_micro_batches,
+        "schedule": choice.schedule,
+        "zero_stage": choice.zero_stage,
+        "activation_checkpointing": choice.checkpointing,
+        "partition": [stop - start for start, stop in itertools.pairwise(candidate.bounds)],
+        "memory_bytes": [round(own.total) for own in candidate.memory],
+        "memory_parts": [{name: round(value) for name, value in vars(own).items()} for own in candidate.memory],
+        "bubble_fraction": candidate.bubble if seconds is not None else None,
+        "step_seconds": seconds,
+        "tokens_per_second": None if seconds is None else tokens / seconds,
+        "tflops_per_device": None if per_device is None else hardware_flops * per_device,
+        "model_tflops_per_device": None if per_device is None else model_flops * per_device,
+        "fits": candidate.fits,
+        "why_not": reason,
+    }
+
+
+def recomputed_share(job: Job, checkpointing: str) -> float:
+    """Operations that checkpointing repeats, as a share of the forward pass's."""
+    if checkpointing == "none":
+        return 0.0
+    whole = job.profile.flops(1, job.sequence_len)
+    layers = [segment for segment in job.profile.segments if segment.kind == "layer"]
+    if checkpointing == "full":
+        return sum(segment.flops(1, job.sequence_len) for segment in layers) / whole
+    unfused = [a.flops_squared for segment in layers for a in segment.attentions if not a.fused]
+    return sum(unfused) * job.sequence_len / whole
+
+
+def _whole_training(job: Job, found: Found, recipe: Recipe) -> dict[str, Any] | None:
+    """How long the recipe takes on the chosen layout."""
+    if not found.best or found.best[0].seconds is None:
+        return None
+    seconds = found.best[0].seconds
+    steps, devices = recipe.train.max_steps, found.best[0].choice.num_devices
+    answer: dict[str, Any] = {
+        "tokens_per_day": job.global_batch_size * job.sequence_len * SECONDS_A_DAY / seconds,
+        "max_steps": steps,
+        "days": None,
+        "device_hours": None,
+    }
+    if steps is not None:
+        answer["days"] = steps * seconds / SECONDS_A_DAY
+        answer["device_hours"] = steps * seconds / 3600 * devices
+    return answer
+
+
+def refusal(job: Job, found: Found) -> LlmpipeError:
+    """Why nothing can run, with the nearest layouts that would."""
+    near = nearest(job)
+    hint = "; ".join(near) if near else None
+    if found.unfit:
+        least = found.unfit[0]
+        text = f"{_short(least)} comes nearest: {why_not(least)}"
+        return PreflightError(f"no layout of this recipe fits the devices' memory; {text}", hint=hint)
+    reasons = ", ".join(found.refused) or "the recipe's layout and the devices do not agree"
+    return UsageError(f"no layout is possible: {reasons}", where="parallel", hint=hint)
+
+
+def nearest(job: Job) -> list[str]:
+    """Layouts that would fit: with the layout left open, and on more nodes."""
+    answers = []
+    free = replace(job, pins=Pins(chunks=job.pins.chunks))
+    found = search(free, keep=1)
+    if job.pins != free.pins and found.best:
+        answers.append(f"this would fit: {_short(found.best[0])}")
+    if not found.best:
+        for factor in (2, 4, 8, 16, 32, 64):
+            count = len(job.cluster.nodes) * factor
+            if count > 4096 // job.cluster.devices_per_node:
+                break
+            larger = search(replace(free, cluster=job.cluster.first_nodes(count)), keep=1)
+            if larger.best:
+                answers.append(f"on {count} such nodes this would fit: {_short(larger.best[0])}")
+                break
+    return answers
+
+
+def _short(candidate: Candidate) -> str:
+    choice = candidate.choice
+    return (
+        f"pipeline {choice.pipeline} x tensor {choice.tensor} x data {choice.data}, "
+        f"micro_batch_size {choice.micro_batch_size}, {choice.schedule}, zero_stage {choice.zero_stage}, "
+        f"activation_checkpointing {choice.checkpointing} "
+        f"({max(own.total for own in candidate.memory) / GIB:.1f} GiB)"
+    )
+
+
+def read_calibration(paths: Sequence[Path]) -> Calibration | None:
+    """What was measured, from run directories and files of links; None without any.
+
+    Raises:
+        UsageError: neither a run with a timeline nor a file of links.
+    """
+    if not paths:
+        return None
+    merged = Calibration()
+    for path in paths:
+        merged = merged.joined(calibrate_run(path) if path.is_dir() else read_links(path))
+    return merged
