@@ -90,6 +90,8 @@ def load_config(
         config.is_decoder = True  # BERT and its kin look at both sides otherwise
     if task == "translation" and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = getattr(config, "pad_token_id", None) or 0  # as T5 was trained
+    if task == "token-classification" and section.dropout is not None:
+        config.classifier_dropout = section.dropout  # decoders take 0.1 where their config has no such field
     _set_dropout(config, section.dropout)
     return config
 
