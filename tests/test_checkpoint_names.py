@@ -33,10 +33,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("causal-lm", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}),
     "bloom": ("causal-lm", {"hidden_size": 32, "n_layer": 3, "n_head": 4}),
     "mixtral": ("causal-lm", {**GROUPED, "num_local_experts": 4}),
-    "qwen3_moe": (
-        "causal-lm",
-        {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-    ),
     "gemma3_text": ("causal-lm", {**GROUPED, "head_dim": 8, "sliding_window": 8}),
     "bert": ("masked-lm", SMALL),
     "albert": ("masked-lm", {**SMALL, "embedding_size": 16}),
