@@ -84,7 +84,7 @@ def read_environment(entries: Sequence[str] | None) -> dict[str, str]:
     return variables
 
 
-def load(recipe: Path, overrides: Sequence[str], job: str) -> LoadedRecipe:
+def load(recipe: Path, overrides: Sequence[str], job: str | None) -> LoadedRecipe:
     """The checked recipe; its warnings are printed.
 
     Raises:
@@ -129,6 +129,11 @@ def prepare(loaded: LoadedRecipe, checkpoint: Path | str | None = None) -> Prepa
     return data
 
 
+def prepare_fold(loaded: LoadedRecipe, fold: tuple[int, int]) -> PreparedData:
+    """The data of one fold of a cross-validation: (index, number of folds)."""
+    return _prepare(loaded, fold)
+
+
 def warn_of_other_data(data: PreparedData | None, checkpoint: Path) -> None:
     """Say so when training goes on from a checkpoint on other samples than before."""
     before = RunDirectory(checkpoint.parent.parent).read_plan().get("data") or {}
@@ -137,11 +142,11 @@ def warn_of_other_data(data: PreparedData | None, checkpoint: Path) -> None:
         console.say("warning: the training data is not the one that the checkpoint has seen so far", "yellow")
 
 
-def _prepare(loaded: LoadedRecipe) -> PreparedData:
+def _prepare(loaded: LoadedRecipe, fold: tuple[int, int] | None = None) -> PreparedData:
     from llmpipe_cli.data.prepare import prepare as prepare_data
 
     with places(loaded), console.preparation() as progress:
-        return prepare_data(loaded.recipe, loaded.base_dir, progress=progress)
+        return prepare_data(loaded.recipe, loaded.base_dir, progress=progress, fold=fold)
 
 
 def _is_other_tokenizer(directory: str | None, checkpoint: Path) -> bool:

@@ -1,8 +1,9 @@
 """Which files a recipe's glob patterns mean, always in the same order.
 
-`{stdlib}` stands for the folder of Python's standard library and `~` for the home folder. A relative pattern is looked
-up in the current folder, and in the recipe's folder when the current one has no match. Files come sorted by path, each
-once, so that two machines with the same files see the same documents in the same order.
+`{stdlib}` stands for the folder of Python's standard library, `{recipes}` for that of the ready recipes, whose small
+data sets lie in `{recipes}/data`, and `~` for the home folder. A relative pattern is looked up in the current folder,
+and in the recipe's folder when the current one has no match. Files come sorted by path, each once, so that two machines
+with the same files see the same documents in the same order.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sysconfig
 from pathlib import Path
 
 from llmpipe_cli.errors import UsageError
+from llmpipe_cli.recipe.builtin import builtin_folder
 
 # Installed packages may lie inside the standard library's folder, but are no part of it.
 _PACKAGE_FOLDERS = ("site-packages", "dist-packages")
@@ -93,6 +95,8 @@ def _match(pattern: str, base_dir: Path) -> tuple[str, list[str]]:
 
 
 def _expand(pattern: str) -> str:
+    if "{recipes}" in pattern:
+        pattern = pattern.replace("{recipes}", glob.escape(str(builtin_folder("recipes"))))
     # glob.escape: a standard library below a folder with brackets in its name is still found
     return str(Path(pattern.replace("{stdlib}", glob.escape(str(stdlib_dir())))).expanduser())
 

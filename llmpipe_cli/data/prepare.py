@@ -16,7 +16,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from llmpipe_cli.data.augment import Augmenter
 from llmpipe_cli.data.cache import cached_folder, default_cache_dir, fingerprint
+from llmpipe_cli.data.cleaning import Cleaner
+from llmpipe_cli.data.folds import count_records, in_fold
 from llmpipe_cli.data.prepared import PreparedData, PreparedSplit
 from llmpipe_cli.data.sources import Fields, Record, SkipLog, Source, open_source
 from llmpipe_cli.data.tokenizer import TokenizerInfo, prepare_tokenizer
@@ -34,7 +37,11 @@ _SYNTHETIC_LABELS = 2
 
 
 def prepare(
-    recipe: Recipe, base_dir: Path, cache_dir: Path | None = None, progress: Progress | None = None
+    recipe: Recipe,
+    base_dir: Path,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+    fold: tuple[int, int] | None = None,
 ) -> PreparedData:
     """Tokenises what is not in the cache yet.
 
@@ -43,19 +50,40 @@ def prepare(
         base_dir: the recipe's folder, for relative file names.
         cache_dir: unset takes `LLMPIPE_CACHE` or ``~/.cache/llmpipe``.
         progress: called with (what is being done, bytes read so far, all bytes or None).
+        fold: (index, number of folds) of a cross-validation: this part of the training data is the validation data,
+            the others are the training data. What the recipe says of validation data is not read.
 
     Raises:
         UsageError: no files, a malformed record, an empty corpus, an unknown label, a task that is not available.
         PreflightError: the cache cannot be written.
     """
-    return _Preparation(recipe, base_dir, cache_dir or default_cache_dir(), progress).run()
+    return _Preparation(recipe, base_dir, cache_dir or default_cache_dir(), progress, fold).run()
+
+
+def count_documents(recipe: Recipe, base_dir: Path) -> int:
+    """How many different documents the training data has, as cross-validation counts them; reads all of them."""
+    preparation = _Preparation(recipe, base_dir, default_cache_dir(), None)
+    assert preparation.train is not None
+    preparation.held_out = None
+    preparation.recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"augment": None})})
+    options = feature_options(recipe.task, recipe.data, preparation.train, end_of_text=None, training=True)
+    log = SkipLog(preparation.train.on_error)
+    return count_records(preparation._records("train", record_fields(options), log, "counting documents"))
 
 
 class _Preparation:
     """The state of one `prepare` call."""
 
-    def __init__(self, recipe: Recipe, base_dir: Path, cache_dir: Path, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        base_dir: Path,
+        cache_dir: Path,
+        progress: Progress | None,
+        fold: tuple[int, int] | None = None,
+    ) -> None:
         check_available(recipe.task)
+        self.fold = fold
         self.recipe = recipe
         self.base_dir = base_dir
         self.cache_dir = cache_dir
@@ -71,6 +99,8 @@ class _Preparation:
                     hint="give `data.train` files or a dataset",
                 )
             self.validation = self.train
+        if fold is not None:
+            self.held_out, self.validation = None, self.train
         self.sources: dict[str, Source] = {}
         for name, section in (("train", self.train), ("validation", self.validation)):
             if section is not None and section is self.train and "train" in self.sources:
@@ -138,7 +168,9 @@ class _Preparation:
             "task": self.recipe.task,
             "fields": [*fields.texts, fields.label],
             "held_out": self.held_out,
+            "fold": self.fold,
             "max_documents": section.max_documents,
+            **self._changes("train"),
         }
         return prepare_tokenizer(self.recipe, self.base_dir, self.cache_dir, texts, identity)
 
@@ -163,7 +195,9 @@ class _Preparation:
             "options": asdict(options),
             "tokenizer": tokenizer.fingerprint,
             "held_out": self.held_out if self.held_out is None else [name, self.held_out],
+            "fold": self.fold if self.fold is None else [name, *self.fold],
             "max_documents": section.max_documents,
+            **self._changes(name),
             "on_error": section.on_error,
             "label_names": label_names,
         }
@@ -209,7 +243,7 @@ class _Preparation:
         if writer.num_documents == 0:
             raise self._no_documents(name, skipped)
         # Both splits of one source meet the same malformed records: they are counted with the training data alone.
-        count = not (name == "validation" and self.held_out is not None)
+        count = not (name == "validation" and (self.held_out is not None or self.fold is not None))
         final_names, final_ids = labels.sorted() if labels is not None else (None, None)
         if options.names_labels_first:
             final_ids = None
@@ -248,15 +282,31 @@ class _Preparation:
         source = self.sources[name]
         source.position_bytes = 0
         next_report = 0
-        for record in source.records(fields, skipped, section.max_documents):
-            if self.held_out is not None and _is_held_out(record, self.held_out) != (name == "validation"):
-                continue
+        records = source.records(fields, skipped, section.max_documents)
+        if self.recipe.data.clean is not None:
+            records = Cleaner(self.recipe.data.clean).records(records, skipped)
+        if self.fold is not None:
+            records = in_fold(records, *self.fold, validation=name == "validation")
+        elif self.held_out is not None:
+            fraction = self.held_out
+            records = (each for each in records if _is_held_out(each, fraction) == (name == "validation"))
+        if self.recipe.data.augment is not None and name == "train":
+            records = Augmenter(self.recipe.data.augment, self.base_dir).records(records)
+        for record in records:
             if self.progress and source.position_bytes >= next_report:
                 self.progress(doing, source.position_bytes, source.total_bytes)
                 next_report = source.position_bytes + (1 << 20)
             yield record
         if self.progress:
             self.progress(doing, source.position_bytes, source.position_bytes)
+
+    def _changes(self, name: str) -> dict[str, Any]:
+        """What the recipe changes in texts, for fingerprints."""
+        clean, augment = self.recipe.data.clean, self.recipe.data.augment
+        return {
+            "clean": clean.model_dump() if clean is not None else None,
+            "augment": augment.model_dump() if augment is not None and name == "train" else None,
+        }
 
     def _no_documents(self, name: str, skipped: SkipLog) -> UsageError:
         where = f"data.{name}"

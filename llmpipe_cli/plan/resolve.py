@@ -150,9 +150,11 @@ def _set_special_tokens(config: Any, given: dict[str, Any], ids: dict[str, int])
         return
     # BART's decoder begins with the end of text, T5's and Marian's with padding: as the family's own config has it.
     usual = type(config)()
-    starts_with = "eos" if usual.decoder_start_token_id == usual.eos_token_id else "pad"
+    usual_start = getattr(usual, "decoder_start_token_id", None)
+    starts_with = "eos" if usual_start is not None and usual_start == usual.eos_token_id else "pad"
     for name, value in (("decoder_start", starts_with), ("forced_eos", "eos")):
-        if f"{name}_token_id" not in given and getattr(usual, f"{name}_token_id", None) is not None:
+        is_used = name == "decoder_start" or getattr(usual, f"{name}_token_id", None) is not None
+        if f"{name}_token_id" not in given and is_used:
             setattr(config, f"{name}_token_id", ids.get(value, ids.get("eos")))
 
 

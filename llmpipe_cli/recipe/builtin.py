@@ -29,7 +29,7 @@ def builtin_folder(name: str) -> Path:
 @cache
 def builtin_recipes() -> dict[str, Path]:
     """Ready recipes by name, in alphabetical order."""
-    return {file.stem: file for file in sorted(builtin_folder("recipes").glob("*.yaml"))}
+    return {file.stem: file for file in sorted(builtin_folder("recipes").glob("*.yaml"), key=lambda file: file.stem)}
 
 
 def find_recipe(name: str | Path) -> tuple[Path, str]:

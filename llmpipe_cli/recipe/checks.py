@@ -192,6 +192,10 @@ _FIELDS_OF_TASKS = {
     "words": ("token-classification",),
     "tags": ("token-classification",),
 }
+_TEXT_STEPS = {
+    "clean": ("causal-lm", "masked-lm", "classification", "translation"),
+    "augment": ("causal-lm", "masked-lm", "classification"),
+}
 _TASK_OPTIONS = {
     "whole_word_masking": ("masked-lm",),
     "stride": ("question-answering",),
@@ -224,6 +228,11 @@ def _data_shape(context: _Context) -> Iterator[Finding]:
     if recipe.data.stride >= recipe.data.sequence_len and recipe.task == "question-answering":
         message = f"windows of {recipe.data.sequence_len} tokens cannot overlap by {recipe.data.stride}"
         yield Finding(("data.sequence_len", "data.stride"), message, "write sequence_len: 384 and stride: 128")
+    for field, able in _TEXT_STEPS.items():
+        if getattr(recipe.data, field) is not None and recipe.task not in able:
+            hint = f"it is for {', '.join(able)}"
+            message = f"`{field}` changes texts in which the task {recipe.task} points at places"
+            yield Finding((f"data.{field}", "task"), message, hint)
     many = recipe.data.multi_label and recipe.task == "classification"
     if recipe.train.label_smoothing and (many or recipe.task == "question-answering"):
         message = f"label smoothing is for one class each; {'multi_label' if many else recipe.task} has none"

@@ -71,7 +71,7 @@ class TrainedTokenizer(Section):
 class DataSource(Section):
     files: str | list[str] | None = None
     """Glob pattern(s) of text, JSONL, CSV or parquet files, optionally compressed with gzip; `{stdlib}` stands for
-    the folder of Python's standard library."""
+    the folder of Python's standard library, `{recipes}` for that of the ready recipes."""
     exclude: str | list[str] | None = None
     """Glob pattern(s) of files to leave out."""
     format: Literal["auto", "text", "jsonl", "csv", "parquet", "conll"] = "auto"
@@ -121,6 +121,42 @@ class DataSource(Section):
     text and questions with their long contexts are divided instead."""
 
 
+class Cleaning(Section):
+    html: bool = False
+    """Take tags away and turn entities into characters."""
+    control_characters: bool = False
+    """Take control and formatting characters away, except line ends and tabs."""
+    unicode: Literal["none", "nfc", "nfkc", "ftfy"] = "none"
+    """Unicode normal form, or ftfy, which also mends text that was decoded wrongly."""
+    min_chars: PositiveInt | None = None
+    """Leave shorter texts out."""
+    max_chars: PositiveInt | None = None
+    """Leave longer texts out."""
+    scripts: list[str] = Field(default_factory=list)
+    """Leave texts out whose letters are of other scripts, named as in Unicode: latin, cyrillic, greek, arabic, cjk."""
+    min_script_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
+    """Share of letters that `scripts` ask for."""
+    duplicates: Literal["none", "exact", "near"] = "none"
+    """Leave copies out; near also leaves almost equal texts out."""
+    near_duplicate_similarity: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.8
+    """Share of common five-word runs from which on two texts are near-duplicates."""
+    stop_words: list[str] = Field(default_factory=list)
+    """Words to take out of every text."""
+
+
+class Augmentation(Section):
+    copies: PositiveInt = 1
+    """Changed copies of each training text."""
+    deletion: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Probability that a word is left out."""
+    swap: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """Pairs of words that change places, as a share of the words."""
+    synonyms: str | None = None
+    """JSON file with an object from words to lists of words that may replace them."""
+    synonym_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """Probability that a word with synonyms is replaced."""
+
+
 class DataSection(Section):
     train: DataSource | None = None
     """Training data."""
@@ -132,6 +168,10 @@ class DataSection(Section):
     """Translation: tokens of the output text; unset takes `sequence_len`."""
     packing: bool = True
     """Language modelling: fill each sample with consecutive text; off pads one document a sample."""
+    clean: Cleaning | None = None
+    """Clean texts before they are tokenised."""
+    augment: Augmentation | None = None
+    """Add changed copies of training texts."""
     whole_word_masking: bool = False
     """Masked language modelling: hide whole words instead of single tokens."""
     stride: Annotated[int, Field(ge=0)] = 128
