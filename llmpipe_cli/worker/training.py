@@ -104,7 +104,7 @@ class Trainer:
         if self.data.validation is not None:
             self.evaluator = Evaluator(context, self.engine.executor, self.task, self.data.validation)
         self.skipped_in_a_row = 0
-        self.saver = Saver()
+        self.saver = Saver(self.engine)
         self._assets: dict[str, bytes] = {}  # what `_write_assets` writes, once it is known
 
     def run(self) -> int:
