@@ -145,6 +145,23 @@ def test_sharded_files_and_bf16(tmp_path: Path) -> None:
         assert torch.equal(stage.get_parameter(name), whole.get_parameter(name).to(torch.bfloat16)), name
 
 
+def test_buffers_that_stay_in_fp32(tmp_path: Path) -> None:
+    """DeepSeek's selection bias decides which experts a token takes; from_pretrained keeps it in fp32 under bf16."""
+    config = tiny_config("deepseek_v3")
+    cls = model_class(config, "causal-lm")
+    plan = trace_config(cls, config, "causal-lm", sequence_len=16)
+    whole = build_stage(cls, config, plan, range(plan.num_segments), seed=1)
+    name = next(name for name, _ in whole.named_buffers() if name.endswith("e_score_correction_bias"))
+    whole.get_buffer(name).normal_()
+    whole.save_pretrained(tmp_path)
+    expected = cls.from_pretrained(tmp_path, dtype=torch.bfloat16).get_buffer(name)
+    stage = build_stage(cls, config, plan, range(2, 4), weights=tmp_path, dtype=torch.bfloat16)
+    assert expected.dtype is torch.float32
+    assert stage.get_buffer(name).dtype is torch.float32
+    assert torch.equal(stage.get_buffer(name), expected)
+    assert stage.dtype is torch.bfloat16
+
+
 def test_broken_weights_are_told(tmp_path: Path) -> None:
     config = tiny_config("llama")
     cls = model_class(config, "causal-lm")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
+from transformers.core_model_loading import build_glob_alternation
 
 from llmpipe_cli.errors import UsageError
 
@@ -53,6 +54,7 @@ def build_skeleton(
         ) from error
     model.tie_weights()
     _initialise_buffers(model)
+    _keep_buffers_in_fp32(model, dtype)
     return model.train()
 
 
@@ -101,6 +103,22 @@ def _initialise_buffers(model: PreTrainedModel) -> None:
         for name, module in model.named_modules():
             if next(module.buffers(recurse=False), None) is not None:
                 responsible_model(model, name)._init_weights(module)
+
+
+def _keep_buffers_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Buffers that `from_pretrained` keeps in fp32 whatever the dtype: a router's selection bias loses tokens in bf16.
+
+    Parameters that it keeps so stay in `dtype`: DeepSpeed's fp16 and bf16 optimizers know one dtype, and hold fp32
+    masters of all.
+    """
+    patterns = list(model._get_dtype_plan(dtype))
+    if not patterns:
+        return
+    kept, _, _ = build_glob_alternation(patterns)
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_floating_point() and kept.search(name):
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._buffers[leaf] = buffer.float()
 
 
 @contextlib.contextmanager
