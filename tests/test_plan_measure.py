@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from llmpipe_cli.model.auto import example_inputs, load_config, model_class
 from llmpipe_cli.model.slicing.trace import trace_config
 from llmpipe_cli.plan.measure import measure_profile
-from llmpipe_cli.recipe.schema import ModelSection
+from llmpipe_cli.plan.propose import recipe_profile
+from llmpipe_cli.recipe.schema import ModelSection, Recipe
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": (
@@ -75,3 +77,20 @@ def test_frozen_parameters_need_no_gradients() -> None:
     learning = [name for name in slice_plan.owners if "layers.2." in name]
     profile = measure_profile(cls, config, task, slice_plan, dtype="bf16", trainable=learning)
     assert [segment.learning_on(1) > 0 for segment in profile.segments] == [False, False, False, True, False]
+
+
+def test_deep_models_are_measured_with_few_layers() -> None:
+    """As exactly as whole ones, where layers are alike."""
+    task, fields = CASES["llama"]
+    fields = {**fields, "num_hidden_layers": 26}
+    recipe = Recipe.model_validate(
+        {"name": "deep", "model": {"config": {"model_type": "llama", **fields}}, "data": {"sequence_len": 128}}
+    )
+    config = load_config(recipe.model, task)
+    cls = model_class(config, task)
+    slice_plan = trace_config(cls, config, task, sequence_len=128)
+    whole = measure_profile(cls, config, task, slice_plan, dtype="fp32")
+    stretched = recipe_profile(recipe)
+    assert len(stretched.segments) == len(whole.segments) == 28
+    assert [replace(one, name="") for one in stretched.segments] == [replace(one, name="") for one in whole.segments]
+    assert stretched.num_parameters == whole.num_parameters

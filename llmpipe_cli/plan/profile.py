@@ -171,11 +171,11 @@ class ModelProfile:
         """Forward operations."""
         return sum(segment.flops(tokens, sequence_len) for segment in self.segments)
 
-    def stretched(self, num_layers: int) -> ModelProfile:
-        """The same model with `num_layers` layers, all like the last but one of its own."""
-        layers = [segment for segment in self.segments if segment.kind == "layer"]
-        like = layers[max(len(layers) - 2, 0)]
-        first = self.segments.index(layers[0])
-        last = self.segments.index(layers[-1])
-        middle = tuple(replace(like, name=f"{like.name}+{index}") for index in range(num_layers))
-        return replace(self, segments=self.segments[:first] + middle + self.segments[last + 1 :])
+    def stretched(self, num_layers: int) -> ModelProfile | None:
+        """The same model with more layers; None unless all its layers but the first are the same object."""
+        places = [index for index, segment in enumerate(self.segments) if segment.kind == "layer"]
+        layers = [self.segments[index] for index in places]
+        if len(layers) < 3 or any(layer is not layers[1] for layer in layers[1:]) or len(layers) > num_layers:
+            return None
+        more = (layers[1],) * (num_layers - len(layers))
+        return replace(self, segments=self.segments[: places[-1]] + more + self.segments[places[-1] :])

@@ -5,6 +5,7 @@ Only the model's config is needed: no weights, no tokenizer, no prepared data.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from llmpipe_cli.recipe.schema import Recipe
 
 SECONDS_A_DAY = 86400.0
 MAX_SHOWN = 20
+_DEEP, _FEW = 24, 6  # models from so many layers on are measured with so few
 
 
 def this_machine(requested: int | None = None) -> Cluster:
@@ -110,6 +112,16 @@ def recipe_profile(recipe: Recipe) -> ModelProfile:
     config = load_config(config_section(section, adapter), recipe.task, vocab_size=vocab_size)
     cls = model_class(config, recipe.task)
     attention = section.attn_implementation
+    if recipe.lora is None and not recipe.train.freeze and not recipe.train.trainable:
+        short = _shortened(config)
+        if short is not None:
+            slice_plan = trace_config(cls, short, recipe.task, attn_implementation=attention)
+            few = measure_profile(
+                cls, short, recipe.task, slice_plan, dtype=recipe.model.dtype, attn_implementation=attention
+            )
+            whole = few.stretched(config.num_hidden_layers)
+            if whole is not None:
+                return whole
     try:
         slice_plan = trace_config(
             cls, config, recipe.task, sequence_len=recipe.data.sequence_len, attn_implementation=attention
@@ -132,6 +144,27 @@ def recipe_profile(recipe: Recipe) -> ModelProfile:
         attn_implementation=attention,
         trainable=trainable,
     )
+
+
+def _shortened(config: Any) -> Any | None:
+    """The config of the same model with few layers, for deep models whose layers look alike; else None.
+
+    Layers that differ are listed in the config one by one, or show in the profile (`ModelProfile.stretched`).
+    """
+    depth = getattr(config, "num_hidden_layers", None)
+    if (
+        not isinstance(depth, int)
+        or depth < _DEEP
+        or config.is_encoder_decoder
+        or config.get_text_config() is not config
+    ):
+        return None
+    listed = [value for value in vars(config).values() if isinstance(value, (list, tuple)) and len(value) == depth]
+    if listed:
+        return None
+    short = copy.deepcopy(config)
+    short.num_hidden_layers = _FEW
+    return short
 
 
 def recipe_pins(recipe: Recipe) -> Pins:

@@ -178,7 +178,7 @@ class Found:
     refused: Counter[str] = field(default_factory=Counter)
 
 
-def search(job: Job, *, keep: int = 20, exhaustive: bool = False) -> Found:
+def search(job: Job, *, keep: int = 12, exhaustive: bool = False) -> Found:
     """The best layouts.
 
     Args:
@@ -285,10 +285,10 @@ def _replicas(job: Job, most: int) -> int:
 
 
 def _wasteful(job: Job, used: int, tensor: int) -> bool:
-    """Whether a tenth of the devices or more stays idle although one stage would use more of them."""
+    """Whether a twentieth of the devices or more stays idle although one stage would use more of them."""
     devices = job.cluster.num_devices
     best = _replicas(job, devices // tensor) * tensor
-    return used < 0.9 * min(devices, best)
+    return used < 0.95 * min(devices, best)
 
 
 def _schedules(job: Job, pipeline: int) -> list[str]:

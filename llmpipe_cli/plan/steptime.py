@@ -70,7 +70,7 @@ def pipeline_time(
 
 def shortened(num_micro_batches: int, stages: int) -> int:
     """Micro-batches to play: enough for the pipeline to fill and drain, in whole rounds of the stages."""
-    enough = 3 * stages
+    enough = 2 * stages
     if num_micro_batches <= enough + stages:
         return num_micro_batches
     return enough + num_micro_batches % stages
