@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -24,7 +24,7 @@ from llmpipe_cli.cli.options import (
     RecipeArgument,
     SetOption,
 )
-from llmpipe_cli.errors import CheckpointError, RankError
+from llmpipe_cli.errors import CheckpointError, RankError, UsageError
 from llmpipe_cli.run import RunDirectory, read_json
 
 if TYPE_CHECKING:
@@ -39,10 +39,21 @@ CheckpointOption = Annotated[
     ),
 ]
 
+FoldsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--folds",
+        metavar="K|all",
+        help="Cross-validate: train and measure K times, each time without one part of the training data; all leaves "
+        "each document out once. The same command goes on after a stop.",
+    ),
+]
+
 
 def evaluate(
     recipe: RecipeArgument,
     checkpoint: CheckpointOption = None,
+    folds: FoldsOption = None,
     set_: SetOption = None,
     devices: DevicesOption = None,
     hostfile: HostfileOption = None,
@@ -58,6 +69,8 @@ def evaluate(
     """Measure a checkpoint on the recipe's validation data, under the pipeline."""
     environment, cluster = jobs.read_environment(env), ClusterFlags(hostfile, include, exclude, launcher_option or ())
     options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, environment, grace_seconds, cluster)
+    if folds is not None:
+        _cross_validate(recipe, checkpoint, folds, set_ or [], options)
     loaded = jobs.load(recipe, set_ or [], "evaluate")
     output_dir = Path(loaded.recipe.output_dir)
     model = _find(checkpoint, loaded, output_dir)
@@ -78,6 +91,23 @@ def evaluate(
         if finished.exit_code == 0:
             _print_result(finished.run, as_json)
         raise typer.Exit(finished.exit_code)
+
+
+def _cross_validate(
+    recipe: Path, checkpoint: str | None, folds: str, overrides: list[str], options: jobs.LaunchOptions
+) -> NoReturn:
+    from llmpipe_cli.cli.folds import cross_validate
+
+    if checkpoint is not None:
+        raise UsageError("--folds trains its own models", where="--checkpoint", hint="leave one of the two out")
+    result, exit_code = cross_validate(jobs.load(recipe, overrides, "train"), folds, options)
+    if result is not None and options.as_json:
+        console.print_json(result)
+    elif result is not None:
+        from llmpipe_cli.report.summary import folds_table
+
+        console.stdout().print(folds_table(result))
+    raise typer.Exit(exit_code)
 
 
 def _find(checkpoint: str | None, loaded: LoadedRecipe, output_dir: Path) -> Path | str | None:

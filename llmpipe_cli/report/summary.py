@@ -55,6 +55,16 @@ def evaluation_table(result: dict[str, Any]) -> RenderableType:
     return Group(*rows)
 
 
+def folds_table(result: dict[str, Any]) -> RenderableType:
+    """Mean and deviation of each metric of a cross-validation."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 3, 0, 0))
+    for title in ("metric", "mean", "deviation"):
+        table.add_column(title, justify="left" if title == "metric" else "right")
+    for name, mean in result["metrics"].items():
+        table.add_row(name, formats.precise(name, mean), formats.precise(name, result["deviation"][name]))
+    return Group(table, Text(f"{result['task']} · {result['folds']} folds", style="dim"))
+
+
 def _from_to(first: float, last: float) -> Text:
     text = Text.assemble(formats.loss(first), " → ", (formats.loss(last), "bold"))
     if first > 0 and last < first:
