@@ -29,6 +29,7 @@ from llmpipe_cli.model.slicing.forward import run_forward
 from llmpipe_cli.model.slicing.plan import SlicePlan
 from llmpipe_cli.model.slicing.recorder import Recorder
 from llmpipe_cli.model.slicing.walk import cut_segments
+from llmpipe_cli.model.tensor.plans import reason_without_plan
 from llmpipe_cli.plan.profile import Attention, ModelProfile, Product, SegmentProfile, Size
 
 logger = logging.getLogger(__name__)
@@ -82,13 +83,14 @@ def measure_profile(
             logger.info("measuring %s without values failed: %s", cls.__name__, error)
     if seen is None or any(len(one) != slice_plan.num_segments for one in seen):
         return _estimated(slice_plan, model, dtype, learning)
-    hidden = int(getattr(config.get_text_config(), "hidden_size", 0) or 0)
     carried = [slice_plan.carried_elements_per_token(b + 1) * _WIDTHS[dtype] for b in range(slice_plan.num_segments)]
     segments = tuple(
         _fit(slice_plan, index, model, few, many, short, long, carried[index], learning)
         for index, (few, many) in enumerate(zip(*seen, strict=True))
     )
-    return ModelProfile(_shared(segments), dtype, divisible=_divisible(config, hidden))
+    return ModelProfile(
+        _shared(segments), dtype, divisible=_divisible(config) if reason_without_plan(model) is None else ()
+    )
 
 
 @dataclass
@@ -346,7 +348,7 @@ def _shared(segments: tuple[SegmentProfile, ...]) -> tuple[SegmentProfile, ...]:
     return tuple(known.setdefault(replace(segment, name=segment.kind), segment) for segment in segments)
 
 
-def _divisible(config: PreTrainedConfig, hidden: int) -> tuple[int, ...]:
+def _divisible(config: PreTrainedConfig) -> tuple[int, ...]:
     text = config.get_text_config()
     names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     values = [getattr(text, name, None) for name in names]

@@ -214,6 +214,7 @@ def make_job(
         recipe.data.sequence_len,
         optimizer=recipe.train.optimizer,
         pins=recipe_pins(recipe),
+        most_tensor=1 if recipe.lora is not None else Job.most_tensor,
         speeds=calibration.speeds if calibration is not None else (),
     )
 
