@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -82,6 +83,45 @@ def test_preempted_job_goes_on_at_the_same_step(folder: Path, slurm: dict[str, s
     )  # fmt: skip
     expected = steps(RunDirectory(Path(json.loads(alone.stdout)["run"])))
     assert [line["loss"] for line in steps(run)] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
+
+
+def test_killed_rank_inside_an_allocation(folder: Path, slurm: dict[str, str]) -> None:
+    """`salloc`, and in it the command: no job of its own; a killed rank is named."""
+    variables = environment(folder, slurm)
+    train = subprocess.Popen(
+        ["salloc", "--quiet", "--nodes=2", *command("train", "few.yaml", "--launcher", "slurm", "--set", "name=inside",
+         "--set", "train.max_steps=100000")],
+        cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    found = wait_for(lambda: [run for run in list_runs(folder / "runs") if run.recipe_name == "inside"], train)
+    wait_for(lambda: steps(found[0]), train)
+    os.kill(read_json(found[0].rank_record(1))["worker_pid"], signal.SIGKILL)
+    _, err = train.communicate(timeout=60)
+    assert train.returncode == 4
+    assert "the rank was killed by signal 9 (SIGKILL)" in err
+    assert "rank 1 (host" in err
+    assert not (found[0].control / "slurm-job.json").exists()
+
+
+def test_waiting_job_is_detached_and_cancelled(folder: Path, slurm: dict[str, str]) -> None:
+    variables = environment(folder, slurm)
+    holder = subprocess.run(
+        ["sbatch", "--parsable", "--nodes=2", "--output=/dev/null", "--wrap", "sleep 600"],
+        cwd=folder, env=variables, capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    started = subprocess.run(
+        command("train", "few.yaml", "--json", "--detach", "--launcher", "slurm", "--launcher-option", "nodes=2",
+                "--set", "name=waiting"),
+        cwd=folder, env=variables, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    run = RunDirectory(Path(json.loads(started.stdout)["run"]))
+    job = wait_for(lambda: (read_json(run.control / "slurm-job.json") or {}).get("job_id"))
+    assert "JobState=PENDING" in scontrol(variables, "show", "job", job)
+    subprocess.run(command("runs", "cancel", run.name), cwd=folder, env=variables, check=True)
+    wait_for(run.status_file.exists)
+    assert run.status()["state"] == "stopped"
+    assert "JobState=CANCELLED" in scontrol(variables, "show", "job", job)
+    subprocess.run(["scancel", holder], env=variables, check=True)
 
 
 def scontrol(variables: dict[str, str], *arguments: str) -> str:

@@ -113,7 +113,8 @@ def test_losses_equal_those_of_one_process(
     assert not nodes.processes(1)
 
 
-def test_detached_run_is_seen_and_cancelled_from_another_terminal(nodes: Nodes, folder: Path) -> None:
+def test_detached_run_is_cancelled_from_another_terminal_and_resumed(nodes: Nodes, folder: Path) -> None:
+    """On nodes without shared files: the second one gets the checkpoint from the controller."""
     hosts = nodes.hostfile(folder / "hosts", (1, 1), UNSHARED)
     config = f"ssh-config={nodes.ssh_config}"
     run = train(
@@ -129,6 +130,13 @@ def test_detached_run_is_seen_and_cancelled_from_another_terminal(nodes: Nodes, 
     assert shown["step"] == len(losses(run)) >= 2
     assert run.steps_saved() == [shown["step"]]
     verify(run.checkpoint(shown["step"]))
+    resumed = train(
+        folder, "tiny.yaml", "--hostfile", str(hosts), "--launcher-option", config, "--resume", "auto",
+        "--set", f"train.max_steps={shown['step'] + 2}",
+    )  # fmt: skip
+    lines = read_metrics(resumed.metrics)
+    assert [line["step"] for line in lines if line.get("event") == "resume"] == [shown["step"]]
+    assert [line["step"] for line in lines if "event" not in line] == [shown["step"] + 1, shown["step"] + 2]
     assert not nodes.processes(0)
     assert not nodes.processes(1)
 

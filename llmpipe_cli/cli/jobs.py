@@ -361,12 +361,13 @@ def _spec(plan: Plan, run: RunDirectory, options: LaunchOptions) -> LaunchSpec:
 
 
 def _inputs(plan: Plan) -> tuple[Path, ...]:
-    """Folders that the ranks read."""
+    """Folders and files that the ranks read."""
     data, training = plan.data or {}, plan.training
     splits = [data.get(name) or {} for name in ("train", "validation")]
     folders = [split.get("directory") for split in splits] + [data.get("tokenizer_dir"), plan.weights]
     folders += [plan.adapter_weights, training.resume_from if training is not None else None]
-    return tuple(Path(folder) for folder in dict.fromkeys(folders) if folder and Path(folder).is_dir())
+    folders += [plan.options.get("tokenizer"), plan.options.get("prompts_file")]
+    return tuple(Path(folder) for folder in dict.fromkeys(folders) if folder and Path(folder).exists())
 
 
 def _print_dry_run(plan: Plan, launcher: Launcher, output_dir: Path, options: LaunchOptions) -> None:

@@ -1,4 +1,4 @@
-"""Folders that a job reads, brought to nodes that do not see them: prepared data, tokenizer, weights, a checkpoint.
+"""What a job reads, brought to nodes that do not see it: prepared data, tokenizer, weights, a checkpoint, prompts.
 
 Both sides describe a folder by a digest of its files' names, sizes and contents (of large files: blocks spread over
 them). A node that has the same folder under the same path keeps it; a node without it gets the files over its
@@ -22,8 +22,8 @@ _CHUNK_BYTES = 512 << 10
 
 
 def digest(folder: Path) -> str | None:
-    """Digest of a folder's files, links followed; None when there is no such folder."""
-    if not folder.is_dir():
+    """Digest of a folder's files, links followed, or of a single file; None when there is neither."""
+    if not folder.exists():
         return None
     total = hashlib.sha256()
     for path in _files(folder):
@@ -84,11 +84,11 @@ class Receiver:
         folder = Path(message["folder"])
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         if partial not in self._begun:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            _remove(partial)
             self._begun.add(partial)
         if message["op"] == "file":
-            path = partial / safe_name(message["name"])
+            # A single file is called "." and arrives as `partial` itself.
+            path = partial if message["name"] == "." else partial / safe_name(message["name"])
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:
                 file.write(base64.b64decode(message["data"]))
@@ -101,9 +101,18 @@ class Receiver:
             except OSError:
                 # Another job, or another node with the same disk, was faster.
                 whole = digest(folder) == message["digest"]
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         answer({"is": "received", "folder": str(folder), "whole": whole})
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _files(folder: Path) -> list[Path]:
+    if folder.is_file():
+        return [folder]
     return sorted(path for path in folder.rglob("*") if path.is_file())
