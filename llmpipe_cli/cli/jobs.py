@@ -22,8 +22,8 @@ from llmpipe_cli.cli import console
 from llmpipe_cli.cli.launchers import ClusterFlags, make_launcher
 from llmpipe_cli.cli.signals import StopSignals
 from llmpipe_cli.cluster.launchers.base import Job, Launcher, LaunchSpec
-from llmpipe_cli.cluster.outcome import Outcome
-from llmpipe_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, LlmpipeError, UsageError
+from llmpipe_cli.cluster.outcome import Outcome, write_status
+from llmpipe_cli.errors import EXIT_STOPPED, LlmpipeError, UsageError
 from llmpipe_cli.run import MetricsReader, RunDirectory, read_json, write_json, write_text
 
 if TYPE_CHECKING:
@@ -332,18 +332,13 @@ def watch(
 
 def conclude(run: RunDirectory, outcome: Outcome, progress: Progress) -> Finished:
     """Write how the run ended; raise what went wrong."""
-    error = outcome.error
-    if error is not None:
-        run.write_status(
-            "failed", error.exit_code, message=error.message, where=error.where, hint=error.hint, rank=outcome.rank
-        )
+    ended_well = outcome.exit_code in (0, EXIT_STOPPED)
+    if not ended_well or run.status()["state"] not in ("done", "stopped"):
+        write_status(run, outcome)
+    if outcome.error is not None:
         if outcome.traceback:
             console.say(outcome.traceback.rstrip(), "dim")
-        raise error
-    if outcome.exit_code == EXIT_INTERRUPTED:
-        run.write_status("failed", outcome.exit_code, message="killed by the user")
-    elif run.status()["state"] not in ("done", "stopped"):
-        run.write_status("stopped" if outcome.exit_code == EXIT_STOPPED else "done", outcome.exit_code)
+        raise outcome.error
     return Finished(run, outcome.exit_code, progress)
 
 

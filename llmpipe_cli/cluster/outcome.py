@@ -10,10 +10,12 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llmpipe_cli.cluster.processes import is_running
 from llmpipe_cli.errors import (
+    EXIT_INTERRUPTED,
     EXIT_STOPPED,
     CheckpointError,
     LlmpipeError,
@@ -80,6 +82,19 @@ class _Failure:
     traceback: str | None
 
 
+def write_status(run: RunDirectory, outcome: Outcome) -> None:
+    """Write how a run ended into its directory."""
+    error = outcome.error
+    if error is not None:
+        run.write_status(
+            "failed", error.exit_code, message=error.message, where=error.where, hint=error.hint, rank=outcome.rank
+        )
+    elif outcome.exit_code == EXIT_INTERRUPTED:
+        run.write_status("failed", outcome.exit_code, message="killed by the user")
+    else:
+        run.write_status("stopped" if outcome.exit_code == EXIT_STOPPED else "done", outcome.exit_code)
+
+
 def ended_ranks(run: RunDirectory, num_ranks: int) -> dict[int, dict[str, Any]]:
     """The records of the ranks that have ended, by rank."""
     records = {rank: read_json(run.rank_record(rank)) for rank in range(num_ranks)}
@@ -136,7 +151,7 @@ def judge(run: RunDirectory, stages: Sequence[int], agent_code: int | None, vani
         f"the agent of this node (torchrun) ended {ending} before its ranks were done",
         hint=f"see {run.launcher_log}; {_go_on(run)}",
     )
-    return Outcome(node_error.exit_code, node_error, None, _last_lines(run.launcher_log))
+    return Outcome(node_error.exit_code, node_error, None, last_lines(run.launcher_log))
 
 
 def _failure(run: RunDirectory, rank: int, stage: int, records: dict[int, dict[str, Any]]) -> _Failure | None:
@@ -199,10 +214,11 @@ def _signal_name(number: int) -> str:
 
 
 def _tail(run: RunDirectory, rank: int) -> str | None:
-    return _last_lines(run.rank_log(rank))
+    return last_lines(run.rank_log(rank))
 
 
-def _last_lines(path: Any) -> str | None:
+def last_lines(path: Path) -> str | None:
+    """The end of a log file; None when there is nothing."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

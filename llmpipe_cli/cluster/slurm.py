@@ -20,7 +20,7 @@ from typing import Any
 
 from llmpipe_cli.cluster.facts import interface_to
 from llmpipe_cli.cluster.launchers.local import COLLECT_SECONDS
-from llmpipe_cli.cluster.outcome import Outcome, has_failed, judge
+from llmpipe_cli.cluster.outcome import Outcome, has_failed, judge, write_status
 from llmpipe_cli.cluster.rank import RUN_VARIABLE
 from llmpipe_cli.cluster.torchrun import Meeting, RankProcesses, fixed_environment, torchrun_argv
 from llmpipe_cli.errors import EXIT_STOPPED, LlmpipeError, NodeError
@@ -58,7 +58,7 @@ def batch(run: RunDirectory) -> int:
         requeued = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
         if requeued.returncode == 0:
             time.sleep(60)  # Slurm ends this process
-    write_outcome(run, outcome)
+    write_status(run, outcome)
     return outcome.exit_code
 
 
@@ -108,17 +108,6 @@ def begin_again(run: RunDirectory, attempt: int) -> None:
     _forget_steps_after(run, int(checkpoint.name.split("-")[1]) if checkpoint is not None else 0)
 
 
-def write_outcome(run: RunDirectory, outcome: Outcome) -> None:
-    """Write the run's status."""
-    error = outcome.error
-    if error is not None:
-        run.write_status(
-            "failed", error.exit_code, message=error.message, where=error.where, hint=error.hint, rank=outcome.rank
-        )
-    else:
-        run.write_status("stopped" if outcome.exit_code == EXIT_STOPPED else "done", outcome.exit_code)
-
-
 def _ask_to_stop(run: RunDirectory, *, preempted: bool) -> None:
     if preempted:
         (run.control / _PREEMPTED).touch()
@@ -162,7 +151,7 @@ def main() -> int:
         return batch(run)
     except (LlmpipeError, OSError, subprocess.SubprocessError) as error:
         failure = error if isinstance(error, LlmpipeError) else NodeError(f"the Slurm job cannot run: {error}")
-        write_outcome(run, Outcome(failure.exit_code, failure))
+        write_status(run, Outcome(failure.exit_code, failure))
         return failure.exit_code
 
 

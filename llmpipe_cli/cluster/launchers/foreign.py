@@ -25,8 +25,9 @@ from llmpipe_cli.cluster.devices import Devices
 from llmpipe_cli.cluster.foreign import make_token
 from llmpipe_cli.cluster.hostfile import Host
 from llmpipe_cli.cluster.launchers.base import LaunchSpec, NodeCommand
-from llmpipe_cli.cluster.launchers.ssh import SshJob, SshLauncher, node_environment, ranks_by_host
-from llmpipe_cli.cluster.outcome import Outcome, ended_ranks
+from llmpipe_cli.cluster.launchers.placement import node_environment, ranks_by_host
+from llmpipe_cli.cluster.launchers.ssh import SshJob, SshLauncher
+from llmpipe_cli.cluster.outcome import Outcome, ended_ranks, last_lines
 from llmpipe_cli.cluster.torchrun import Meeting
 from llmpipe_cli.errors import NodeError, PreflightError, UsageError
 
@@ -125,7 +126,7 @@ class ForeignJob(SshJob):
                 f"{self._way} ended before its ranks were done",
                 hint=f"see {self._spec.run.launcher_log}; {outcome.error.hint}",
             )
-            return Outcome(error.exit_code, error, None, _last_lines(self._spec.run.launcher_log))
+            return Outcome(error.exit_code, error, None, last_lines(self._spec.run.launcher_log))
         return outcome
 
     def _end_when_done(self) -> None:
@@ -184,9 +185,3 @@ def _ssh_config(hosts: Sequence[Host], options: SshOptions) -> str:
     files = [options.config] if options.config else [Path("~/.ssh/config").expanduser(), Path("/etc/ssh/ssh_config")]
     lines += [f'Match all\nInclude "{file}"' for file in files]
     return "\n".join(lines) + "\n"
-
-
-def _last_lines(path: Path) -> str | None:
-    with contextlib.suppress(OSError):
-        return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]) or None
-    return None

@@ -18,7 +18,7 @@ from typing import Any
 from llmpipe_cli.cluster.devices import Devices, local_devices
 from llmpipe_cli.cluster.hostfile import Host
 from llmpipe_cli.cluster.launchers.base import Launcher, LaunchSpec, NodeCommand, is_secret, launch_script
-from llmpipe_cli.cluster.launchers.ssh import ON_THE_NODE, node_environment
+from llmpipe_cli.cluster.launchers.placement import ON_THE_NODE, node_environment
 from llmpipe_cli.cluster.launchers.watched import WatchedJob
 from llmpipe_cli.errors import NodeError, PreflightError, UsageError
 from llmpipe_cli.run import write_text

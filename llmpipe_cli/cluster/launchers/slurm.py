@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from llmpipe_cli.cluster.devices import Devices, local_devices
 from llmpipe_cli.cluster.launchers.base import Job, Launcher, LaunchSpec, NodeCommand, launch_script
-from llmpipe_cli.cluster.launchers.ssh import ON_THE_NODE
+from llmpipe_cli.cluster.launchers.placement import ON_THE_NODE
 from llmpipe_cli.cluster.outcome import Outcome, judge
 from llmpipe_cli.cluster.slurm import JOB_FILE
 from llmpipe_cli.cluster.torchrun import Meeting, fixed_environment, torchrun_argv

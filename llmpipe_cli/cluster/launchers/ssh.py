@@ -21,19 +21,17 @@ from typing import Any
 from llmpipe_cli.cluster import preflight
 from llmpipe_cli.cluster.connection import NodeConnection, SshOptions, close_all, connect_all, on_all, ssh_argv
 from llmpipe_cli.cluster.devices import Devices, local_devices
-from llmpipe_cli.cluster.environment import travelling
 from llmpipe_cli.cluster.hostfile import Host, refuse_aliases
 from llmpipe_cli.cluster.launchers.base import Job, Launcher, LaunchSpec, NodeCommand, launch_script
 from llmpipe_cli.cluster.launchers.local import COLLECT_SECONDS
+from llmpipe_cli.cluster.launchers.placement import ON_THE_NODE, node_environment, ranks_by_host
 from llmpipe_cli.cluster.mirror import Inbox
 from llmpipe_cli.cluster.outcome import Outcome, has_failed, judge
 from llmpipe_cli.cluster.shipping import digest, folder_messages
-from llmpipe_cli.cluster.torchrun import Meeting, fixed_environment, torchrun_argv
+from llmpipe_cli.cluster.torchrun import Meeting, torchrun_argv
 from llmpipe_cli.errors import EXIT_INTERRUPTED, LlmpipeError, NodeError, PreflightError, RankError, UsageError
 from llmpipe_cli.run import write_text
 
-# In what `--dry-run` shows, for values that only the node can give.
-ON_THE_NODE = "(chosen on the node)"
 # Nodes get this long to confirm that their ranks are dead; killing takes its time when a rank holds much memory.
 _END_SECONDS = 15.0
 _SHIP_SECONDS = 3600.0
@@ -359,41 +357,6 @@ class _Node:
         self.ended = False
         self.code: int | None = None
         self.lost: str | None = None
-
-
-def ranks_by_host(hosts: Sequence[Host], num_ranks: int) -> list[tuple[Host, range]]:
-    """The ranks of each node that has some, filled in the hosts' order.
-
-    Raises:
-        PreflightError: there are fewer slots than ranks.
-    """
-    result, first = [], 0
-    for host in hosts:
-        last = min(first + host.slots, num_ranks)
-        if last > first:
-            result.append((host, range(first, last)))
-        first = last
-    if first < num_ranks:
-        raise PreflightError(
-            f"the layout needs {num_ranks} ranks, and the hostfile has {first} slots",
-            hint="add nodes or slots, or make parallel.pipeline or parallel.data smaller",
-        )
-    return result
-
-
-def node_environment(spec: LaunchSpec, host: Host, num_local_ranks: int) -> dict[str, str]:
-    """Variables for one node's ranks: the controller's that travel, ``--env``, and what the launcher sets."""
-    chosen = {"TOKENIZERS_PARALLELISM": "false"}
-    if "OMP_NUM_THREADS" not in os.environ:
-        chosen["OMP_NUM_THREADS"] = ON_THE_NODE
-    if spec.device == "cpu":
-        chosen |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": ON_THE_NODE}
-    else:
-        chosen["NCCL_SOCKET_IFNAME"] = ON_THE_NODE
-        if host.devices != tuple(range(num_local_ranks)):
-            chosen["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.devices[:num_local_ranks]))
-    fixed = fixed_environment(spec.run.path, spec.worker, spec.grace_seconds)
-    return chosen | travelling(os.environ) | dict(spec.environment) | fixed
 
 
 def _first_slots(hosts: Sequence[Host], requested: int | None) -> list[Host]:

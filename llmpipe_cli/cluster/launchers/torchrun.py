@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from llmpipe_cli.cluster.devices import Devices, local_devices
 from llmpipe_cli.cluster.hostfile import Host
 from llmpipe_cli.cluster.launchers.base import Launcher, LaunchSpec, NodeCommand, launch_script
-from llmpipe_cli.cluster.launchers.ssh import ON_THE_NODE, node_environment, ranks_by_host
+from llmpipe_cli.cluster.launchers.placement import ON_THE_NODE, node_environment, ranks_by_host
 from llmpipe_cli.cluster.launchers.watched import WatchedJob
 from llmpipe_cli.cluster.torchrun import Meeting, torchrun_argv
 from llmpipe_cli.run import write_text
