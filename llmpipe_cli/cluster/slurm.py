@@ -27,6 +27,7 @@ from llmpipe_cli.errors import EXIT_STOPPED, LlmpipeError, NodeError
 from llmpipe_cli.run import RunDirectory, read_json, write_json, write_text
 
 JOB_FILE = "slurm.json"
+STEP_FILE = "slurm-step.json"
 _PREEMPTED = "preempted"
 _FIRST_PORT, _NUM_PORTS = 20000, 12000
 
@@ -66,6 +67,8 @@ def node(run: RunDirectory) -> int:
     """Run this node's ranks to their end; returns 0 unless one failed."""
     job, meeting = read_json(run.control / JOB_FILE), read_json(run.control / "meeting.json")
     number, count = int(os.environ["SLURM_NODEID"]), int(job["ranks_per_node"])
+    if number == 0:
+        write_json(run.control / STEP_FILE, {"step": f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"})
     for sig in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(sig, lambda signum, _: _ask_to_stop(run, preempted=signum == signal.SIGUSR1))
     environment = fixed_environment(run.path, job["worker"], job["grace_seconds"])
@@ -100,8 +103,8 @@ def begin_again(run: RunDirectory, attempt: int) -> None:
     for path in (run.stop_file, run.control / _PREEMPTED, run.status_file):
         path.unlink(missing_ok=True)
     checkpoint = run.latest_checkpoint()
-    if checkpoint is not None:
-        plan = run.read_plan()
+    plan = run.read_plan()
+    if checkpoint is not None and plan.get("training"):
         plan["training"]["resume_from"] = str(checkpoint)
         plan["weights" if plan.get("adapters") is None else "adapter_weights"] = str(checkpoint)
         write_json(run.plan, plan)

@@ -21,7 +21,7 @@ from llmpipe_cli.cluster.devices import Devices, local_devices
 from llmpipe_cli.cluster.launchers.base import Job, Launcher, LaunchSpec, NodeCommand, launch_script
 from llmpipe_cli.cluster.launchers.placement import ON_THE_NODE
 from llmpipe_cli.cluster.outcome import Outcome, judge
-from llmpipe_cli.cluster.slurm import JOB_FILE
+from llmpipe_cli.cluster.slurm import JOB_FILE, STEP_FILE
 from llmpipe_cli.cluster.torchrun import Meeting, fixed_environment, torchrun_argv
 from llmpipe_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, NodeError, PreflightError, RankError, UsageError
 from llmpipe_cli.run import read_json, write_json, write_text
@@ -220,11 +220,12 @@ class SlurmJob(Job):
 
     def _cancel(self) -> None:
         self._deadline = None
-        if self._step is not None:
-            self._step.terminate()
-            return
-        assert self._number is not None
-        subprocess.run(["scancel", self._number], check=False, capture_output=True)
+        if self._number is not None:
+            argv = ["scancel", self._number]
+        else:
+            # Only this step: others of the allocation are none of our business.
+            argv = ["scancel", "--signal=KILL", (read_json(self._spec.run.control / STEP_FILE) or {}).get("step", "")]
+        subprocess.run(argv, check=False, capture_output=True)
 
     def _finish(self) -> Outcome:
         run = self._spec.run
