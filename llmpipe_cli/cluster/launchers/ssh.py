@@ -13,7 +13,7 @@ import os
 import queue
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,9 +211,7 @@ class SshJob(Job):
                     "mark": self.node_mark(index),
                     "plan": spec.run.plan.read_text(encoding="utf-8") if spec.run.plan.exists() else "{}",
                     "argv": self.node_argv(command),
-                    "environment": {
-                        key: value for key, value in self.environment(command).items() if value != ON_THE_NODE
-                    },
+                    "environment": {key: value for key, value in command.environment.items() if value != ON_THE_NODE},
                     "ranks": list(node.ranks),
                     "node": command.host,
                     "address": meeting.address,
@@ -229,10 +227,6 @@ class SshJob(Job):
     def node_mark(self, index: int) -> str:
         """What one node's processes are marked with; nodes may be containers that see each other's processes."""
         return f"{self.mark}-{index}"
-
-    def environment(self, command: NodeCommand) -> Mapping[str, str]:
-        """Variables of the node's ranks."""
-        return command.environment
 
     def poll(self) -> Outcome | None:
         if self._outcome is None:
