@@ -87,6 +87,13 @@ PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
         yield environment
     finally:
         subprocess.run(["scancel", "--user=root"], env=os.environ | environment, check=False, capture_output=True)
+        # Without its daemons a job's own supervisor would stay for ever.
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            left = subprocess.run(["squeue", "-h"], env=os.environ | environment, check=False, capture_output=True)
+            if not left.stdout:
+                break
+            time.sleep(0.2)
         for daemon in reversed(daemons):
             daemon.send_signal(signal.SIGTERM)
         for daemon in daemons:
