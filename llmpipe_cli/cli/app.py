@@ -12,7 +12,21 @@ from typing import Annotated
 
 import typer
 
-from llmpipe_cli.cli import bench, console, data, doctor, evaluate, generate, merge, plan, recipes, runs, signals, train
+from llmpipe_cli.cli import (
+    bench,
+    console,
+    data,
+    doctor,
+    evaluate,
+    generate,
+    merge,
+    plan,
+    recipes,
+    runs,
+    signals,
+    sweep,
+    train,
+)
 from llmpipe_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, LlmpipeError
 
 app = typer.Typer(
@@ -33,6 +47,7 @@ app.command("generate")(generate.generate)
 app.command("merge")(merge.merge)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data", help="Prepare data, and look at what a model sees of it.")
+app.command("sweep")(sweep.sweep)
 app.add_typer(recipes.app, name="recipes", help="Find, copy and check recipes.")
 app.add_typer(runs.app, name="runs", help="What ran, how it went, plots.")
 

@@ -11,9 +11,9 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,8 @@ class Finished:
     run: RunDirectory
     exit_code: int
     progress: Progress
+    ended_early: str | None = None
+    """What `stop_when` said."""
 
 
 def read_environment(entries: Sequence[str] | None) -> dict[str, str]:
@@ -223,7 +225,13 @@ def _is_field(where: str) -> bool:
     return where.split(".")[0] in Recipe.model_fields and "/" not in where and ":" not in where
 
 
-def run_plan(plan: Plan, loaded: LoadedRecipe | None, output_dir: Path, options: LaunchOptions) -> Finished | None:
+def run_plan(
+    plan: Plan,
+    loaded: LoadedRecipe | None,
+    output_dir: Path,
+    options: LaunchOptions,
+    stop_when: Callable[[Progress], str | None] | None = None,
+) -> Finished | None:
     """Start the plan's ranks and stay until they are gone; with ``--dry-run`` print what would be started.
 
     Args:
@@ -231,6 +239,7 @@ def run_plan(plan: Plan, loaded: LoadedRecipe | None, output_dir: Path, options:
         loaded: the recipe as given, kept in the run directory; None for jobs without one.
         output_dir: folder of the run directories.
         options: flags.
+        stop_when: asked again and again while the job runs; what it answers ends the job as a request to stop does.
 
     Returns:
         How it ended when it ended well or was stopped on request; None after a dry run, and with ``--detach``.
@@ -265,8 +274,18 @@ def run_plan(plan: Plan, loaded: LoadedRecipe | None, output_dir: Path, options:
         write_json(run.path / "forecast.json", expected.to_json())
     progress = progress_of(run)
     with StopSignals() as signals:
-        outcome = watch(launcher.start(_spec(plan, run, options)), run, progress, signals, expected)
-    return conclude(run, outcome, progress)
+        limit = None if stop_when is None else EarlyEnd(stop_when)
+        outcome = watch(launcher.start(_spec(plan, run, options)), run, progress, signals, expected, limit)
+    finished = conclude(run, outcome, progress)
+    return finished if limit is None or signals.stop else replace(finished, ended_early=limit.reason)
+
+
+@dataclass
+class EarlyEnd:
+    """A condition that ends a job, and what it said when it did."""
+
+    condition: Callable[[Progress], str | None]
+    reason: str | None = None
 
 
 def _forecast(plan: Plan) -> Forecast | None:
@@ -285,7 +304,12 @@ def _forecast(plan: Plan) -> Forecast | None:
 
 
 def watch(
-    job: Job, run: RunDirectory, progress: Progress, signals: StopSignals, expected: Forecast | None = None
+    job: Job,
+    run: RunDirectory,
+    progress: Progress,
+    signals: StopSignals,
+    expected: Forecast | None = None,
+    limit: EarlyEnd | None = None,
 ) -> Outcome:
     """Show the job and pass on requests to stop until all its processes are gone.
 
@@ -316,6 +340,10 @@ def watch(
                 told = True
                 job.request_stop()
                 view.say("stopping: the ranks finish their step and save; Ctrl-C again kills them")
+            elif limit is not None and not told and (reason := limit.condition(progress)) is not None:
+                limit.reason, told = reason, True
+                job.request_stop()
+                view.say(reason)
             if job.note != note:
                 note = job.note
                 view.say(note)

@@ -34,6 +34,7 @@ from llmpipe_cli.engine.recorder import PARTS
 from llmpipe_cli.engine.saver import Saved, Saver
 from llmpipe_cli.errors import EXIT_STOPPED, CheckpointError, NumericsError
 from llmpipe_cli.model.adapters import CONFIG_FILE as ADAPTER_CONFIG
+from llmpipe_cli.recipe.metrics import is_lower_better
 from llmpipe_cli.run import write_json
 from llmpipe_cli.tasks.registry import get_task
 from llmpipe_cli.worker.evaluation import Evaluator
@@ -42,8 +43,6 @@ from llmpipe_cli.worker.telemetry import MetricsWriter, peak_memory_bytes
 from llmpipe_cli.worker.trackers import Trackers
 from llmpipe_cli.worker.watchdog import Watchdog
 
-# Validation metrics that get better by falling.
-_LOWER_IS_BETTER = {"loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"}
 # fp16 skips a step whose gradients overflow and halves its loss scale; this many in a row are no longer a search.
 _MAX_SKIPPED_STEPS = 50
 # The step, counted from the start, that is the first one drawn: those before it still warm up.
@@ -306,7 +305,7 @@ class Trainer:
         if name not in values:
             known = ", ".join(sorted(values))
             raise CheckpointError(f"there is no validation metric {name!r}", hint=f"metrics of this task: {known}")
-        value = values[name] if name in _LOWER_IS_BETTER else -values[name]
+        value = values[name] if is_lower_better(name) else -values[name]
         margin = stopping.min_delta if stopping else 0.0
         better = self.position.best_metric is None or value < self.position.best_metric - margin
         self.position.best_metric = value if better else self.position.best_metric
