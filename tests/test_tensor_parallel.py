@@ -76,6 +76,10 @@ def _job(folder: Path, model: str, *, dropout: float = 0.0, **config: Any) -> Jo
     }
     if task == "causal-lm":
         values["data"]["validation"] = {"files": f"{STDLIB}/html/__init__.py"}
+    elif task == "translation":
+        (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:6]))
+        values["data"]["validation"] = {"files": str(folder / "validation.jsonl")}
+        values["evaluation"] = {"max_new_tokens": 8}
     return Job(folder, values)
 
 
@@ -182,9 +186,10 @@ def test_bf16(tmp_path: Path, pool: RankPool) -> None:
     assert losses(resumed) == pytest.approx(losses(divided)[SAVED:], rel=2e-3)
 
 
-def test_evaluation_and_label_smoothing(tmp_path: Path, pool: RankPool) -> None:
-    """Metrics are counted once, and losses of our own see all logits."""
-    job = _job(tmp_path, "llama")
+@pytest.mark.parametrize("model", ["llama", "t5"])
+def test_evaluation_and_label_smoothing(model: str, tmp_path: Path, pool: RankPool) -> None:
+    """Metrics are counted once, losses of our own see all logits, and generated texts are the same."""
+    job = _job(tmp_path, model)
     runs = [
         job.train(pool, parallel=parallel, train__label_smoothing=0.1) for parallel in ({"pipeline": 1}, LAYOUTS["2x2"])
     ]
