@@ -99,11 +99,11 @@ FOLLOWED = {
     "afmoe", "arcee", "aria_text", "axk1", "bailing_hybrid", "cohere", "cohere2", "cohere2_moe", "cwm",
     "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo",
     "flint", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm", "glm4", "glm4_moe",
-    "glm_moe_dsa", "granite", "granitemoeshared", "hrm_text", "hy_v3", "hyperclovax", "iquestcoder", "jamba",
-    "kolibri1", "llama", "llama4_text", "mellum", "minicpm3", "minimax", "minimax_m2", "minimax_m3_vl_text",
-    "ministral", "ministral3", "mistral", "mixtral", "nanochat", "nemotron", "nemotron_h", "olmo", "olmo2",
-    "olmo3", "olmoe", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_5_moe_text", "qwen3_moe",
-    "qwen4_exp_text", "smollm3", "starcoder2",
+    "glm_moe_dsa", "granite", "granitemoeshared", "hrm_text", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3",
+    "iquestcoder", "jamba", "kolibri1", "llama", "llama4_text", "mellum", "minicpm3", "minimax", "minimax_m2",
+    "minimax_m3_vl_text", "ministral", "ministral3", "mistral", "mixtral", "nanochat", "nemotron", "nemotron_h",
+    "olmo", "olmo2", "olmo3", "olmoe", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_5_moe_text",
+    "qwen3_5_text", "qwen3_moe", "qwen3_next", "qwen4_exp_text", "seed_oss", "smollm3", "solar_open", "starcoder2",
 }  # fmt: skip
 """Types whose plan in transformers gives the loss and the gradients of the undivided model.
 
