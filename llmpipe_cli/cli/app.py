@@ -14,6 +14,7 @@ import typer
 
 from llmpipe_cli.cli import (
     bench,
+    chat,
     console,
     data,
     doctor,
@@ -44,6 +45,7 @@ app.command("bench")(bench.bench)
 app.command("plan")(plan.plan)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data", help="Prepare data, and look at what a model sees of it.")

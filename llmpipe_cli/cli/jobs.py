@@ -263,7 +263,7 @@ def run_plan(
         from llmpipe_cli.cli.detached import hand_over
 
         launcher.close()
-        hand_over(_spec(plan, run, options), options)
+        hand_over(launch_spec(plan, run, options), options)
         if options.as_json:
             console.print_json({"run": str(run.path), "state": "running"})
         else:
@@ -275,7 +275,7 @@ def run_plan(
     progress = progress_of(run)
     with StopSignals() as signals:
         limit = None if stop_when is None else EarlyEnd(stop_when)
-        outcome = watch(launcher.start(_spec(plan, run, options)), run, progress, signals, expected, limit)
+        outcome = watch(launcher.start(launch_spec(plan, run, options)), run, progress, signals, expected, limit)
     finished = conclude(run, outcome, progress)
     return finished if limit is None or signals.stop else replace(finished, ended_early=limit.reason)
 
@@ -370,7 +370,8 @@ def conclude(run: RunDirectory, outcome: Outcome, progress: Progress) -> Finishe
     return Finished(run, outcome.exit_code, progress)
 
 
-def _spec(plan: Plan, run: RunDirectory, options: LaunchOptions) -> LaunchSpec:
+def launch_spec(plan: Plan, run: RunDirectory, options: LaunchOptions) -> LaunchSpec:
+    """What the launcher needs to know."""
     # DeepSpeed numbers ranks stage by stage: all replicas and shards of stage 0 first.
     ranks_a_stage = plan.layout.data * plan.layout.tensor
     return LaunchSpec(
@@ -399,7 +400,7 @@ def _print_dry_run(plan: Plan, launcher: Launcher, output_dir: Path, options: La
     from llmpipe_cli.report import formats
 
     run = RunDirectory((output_dir / f"{plan.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute())
-    spec = _spec(plan, run, options)
+    spec = launch_spec(plan, run, options)
     commands, manifest = launcher.commands(spec), launcher.manifest(spec)
     config = deepspeed_config(plan)
     if options.as_json:

@@ -81,10 +81,10 @@ class PipelineDecoder:
         return self._line.is_last
 
     def new_cache(self) -> Cache | None:
-        """An empty cache for `generate`; none where transformers makes its own or where there is none."""
-        if self.num_stages == 1 or self.uncached is not None:
+        """An empty cache for `generate`; none where there cannot be one."""
+        if self.uncached is not None:
             return None
-        own = StageCache(self.config)
+        own = StageCache(self.config) if self.num_stages > 1 else DynamicCache(config=self.config)
         return EncoderDecoderCache(own, DynamicCache(config=self.config)) if self.is_encoder_decoder else own
 
     def view(self, generation_config: GenerationConfig) -> Any:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from llmpipe_cli.engine.schedules import SCHEDULES, Placement
 
-Job = Literal["train", "bench", "evaluate", "generate"]
+Job = Literal["train", "bench", "evaluate", "generate", "serve"]
 ScheduleName = Literal["1f1b", "gpipe", "interleaved", "zb-h1", "zb-h2", "zb-v"]
 
 

@@ -30,6 +30,8 @@ def main() -> int:
             from llmpipe_cli.worker.bench import bench as job
         elif context.plan.job == "evaluate":
             from llmpipe_cli.worker.evaluation import evaluate as job
+        elif context.plan.job == "serve":
+            from llmpipe_cli.worker.serving import serve as job
         else:
             from llmpipe_cli.worker.generation import generate as job
         return job(context)

@@ -173,8 +173,10 @@ class Generator:
         ids, mask = self._padded(batch.tokens)
         prompt_len = 1 if decoder.is_encoder_decoder else ids.shape[1]
         options = settings.options()
-        if settings.use_cache and decoder.num_stages > 1:
-            options["past_key_values"] = cache if cache is not None else decoder.new_cache()
+        if cache is not None:
+            options["past_key_values"] = cache
+        elif settings.use_cache and decoder.num_stages > 1:
+            options["past_key_values"] = decoder.new_cache()
             options["use_cache"] = options["past_key_values"] is not None
         if settings.stop:
             options |= {"stop_strings": list(settings.stop), "tokenizer": tokenizer}
