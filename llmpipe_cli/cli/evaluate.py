@@ -29,6 +29,7 @@ from llmpipe_cli.run import RunDirectory, read_json
 
 if TYPE_CHECKING:
     from llmpipe_cli.recipe.load import LoadedRecipe
+    from llmpipe_cli.recipe.schema import Recipe
 
 CheckpointOption = Annotated[
     str | None,
@@ -50,11 +51,35 @@ FoldsOption = Annotated[
 ]
 
 
+HarnessOption = Annotated[
+    str | None,
+    typer.Option(
+        "--harness",
+        metavar="TASKS",
+        help="Tasks of lm-evaluation-harness instead of the recipe's data, by name: hellaswag,arc_easy. "
+        "RECIPE may then be a model directory, a run or a hub id too.",
+    ),
+]
+HarnessIncludeOption = Annotated[
+    Path | None, typer.Option("--harness-include", metavar="DIR", help="Folder with harness tasks of your own.")
+]
+ShotsOption = Annotated[
+    int | None, typer.Option("--num-fewshot", min=0, metavar="N", help="Examples before each harness question.")
+]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N documents of a harness task.")
+]
+
+
 def evaluate(
     recipe: RecipeArgument,
     checkpoint: CheckpointOption = None,
     folds: FoldsOption = None,
     set_: SetOption = None,
+    harness: HarnessOption = None,
+    harness_include: HarnessIncludeOption = None,
+    num_fewshot: ShotsOption = None,
+    limit: LimitOption = None,
     devices: DevicesOption = None,
     hostfile: HostfileOption = None,
     include: IncludeOption = None,
@@ -71,6 +96,12 @@ def evaluate(
     options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, environment, grace_seconds, cluster)
     if folds is not None:
         _cross_validate(recipe, checkpoint, folds, set_ or [], options)
+    if harness is not None:
+        from llmpipe_cli.cli.harness import HarnessOptions, evaluate_with_harness
+
+        chosen = HarnessOptions(harness.split(","), harness_include, num_fewshot, limit)
+        evaluate_with_harness(*_harness_model(recipe, checkpoint, set_ or []), chosen, options)
+        return
     loaded = jobs.load(recipe, set_ or [], "evaluate")
     output_dir = Path(loaded.recipe.output_dir)
     model = _find(checkpoint, loaded, output_dir)
@@ -108,6 +139,22 @@ def _cross_validate(
 
         console.stdout().print(folds_table(result))
     raise typer.Exit(exit_code)
+
+
+def _harness_model(what: Path, checkpoint: str | None, overrides: list[str]) -> tuple[Path | str, Recipe, Path]:
+    """The model that a recipe (its newest checkpoint, or the one named) or a model's own name means, a recipe to load
+    it with, and the folder of runs."""
+    from llmpipe_cli.cli.generate import minimal_recipe
+    from llmpipe_cli.cli.models import find_model
+    from llmpipe_cli.recipe.builtin import builtin_recipes
+
+    if what.suffix in (".yaml", ".yml") or str(what) in builtin_recipes():
+        loaded = jobs.load(what, overrides, "evaluate")
+        output_dir = Path(loaded.recipe.output_dir)
+        model = _find(checkpoint, loaded, output_dir) or str(loaded.recipe.model.from_)
+        return model, loaded.recipe, output_dir
+    model = find_model(checkpoint or str(what), Path("runs"))
+    return model, minimal_recipe(model, "fp32", None), Path("runs")
 
 
 def _find(checkpoint: str | None, loaded: LoadedRecipe, output_dir: Path) -> Path | str | None:
