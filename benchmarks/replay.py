@@ -25,8 +25,8 @@ from llmpipe_cli.model.slicing import SlicePlan, StageReplay, trace_config
 from llmpipe_cli.model.stage import build_stage
 
 VOCAB = 4096
-BATCH, LENGTH = 2, 128
-MODELS = {"6 layers": 6, "24 layers": 24}
+BATCH, LENGTH = 2, 256
+MODELS = {"8 layers": 8, "24 layers": 24}
 TASK = "causal-lm"
 
 
@@ -92,7 +92,7 @@ def main() -> None:
     for name, num_layers in MODELS.items():
         config = LlamaConfig(
             vocab_size=VOCAB, hidden_size=256, intermediate_size=704, num_hidden_layers=num_layers,
-            num_attention_heads=8, num_key_value_heads=4,
+            num_attention_heads=4,
         )  # fmt: skip
         cls = model_class(config, TASK)
         plan = trace_config(cls, config, TASK, sequence_len=LENGTH)

@@ -194,9 +194,10 @@ def plan_job(
         from llmpipe_cli.plan.resolve import make_plan
 
         if devices.kind == "cuda" and job in ("train", "bench") and checkpoint is None:
-            from llmpipe_cli.plan.propose import fill_auto, this_machine
+            from llmpipe_cli.plan.propose import cluster_of, fill_auto
 
-            recipe = fill_auto(recipe, this_machine(devices.count))
+            cluster = cluster_of(devices)
+            recipe = recipe if cluster is None else fill_auto(recipe, cluster)
         return make_plan(
             recipe,
             data,
@@ -250,7 +251,7 @@ def run_plan(
     from llmpipe_cli.report.tables import progress_of
 
     launcher = options.starter
-    expected = _forecast(plan)
+    expected = _forecast(plan, options)
     if options.dry_run:
         _print_dry_run(plan, launcher, output_dir, options)
         return None
@@ -288,8 +289,8 @@ class EarlyEnd:
     reason: str | None = None
 
 
-def _forecast(plan: Plan) -> Forecast | None:
-    """What a training is expected to take, on devices like this machine's; refused when it does not fit.
+def _forecast(plan: Plan, options: LaunchOptions) -> Forecast | None:
+    """What a training is expected to take on its devices, where they are known; refused when it does not fit.
 
     Raises:
         PreflightError: a stage needs more memory than a device has.
@@ -300,7 +301,10 @@ def _forecast(plan: Plan) -> Forecast | None:
     from llmpipe_cli.plan.propose import machines_for
 
     with console.working("predicting memory and time"):
-        return forecast(plan, machines_for(plan))
+        launcher = options.starter
+        find = launcher.planned_devices if options.dry_run else launcher.devices
+        cluster = machines_for(plan, find(options.devices))
+        return None if cluster is None else forecast(plan, cluster)
 
 
 def watch(

@@ -18,14 +18,16 @@ DeviceKind = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True)
 class Devices:
-    """Devices for ranks on one node.
+    """Devices for ranks, on one node or on several.
 
     Args:
         kind: cpu or cuda.
-        count: how many ranks the node gets.
-        name: the device's name as its driver gives it.
-        memory_bytes: memory of one device; on CPU the machine's memory shared out over `count` ranks.
+        count: how many ranks there are, on all nodes together.
+        name: the device's name as its driver gives it; empty where it is not known from here.
+        memory_bytes: memory of one device; on CPU the machine's memory shared out over its ranks; 0 where it is not
+            known from here.
         warning: something the user should know, or None.
+        by_node: ranks of each node; empty for one node.
     """
 
     kind: DeviceKind
@@ -33,6 +35,7 @@ class Devices:
     name: str
     memory_bytes: int
     warning: str | None = None
+    by_node: tuple[int, ...] = ()
 
 
 def num_cores() -> int:

@@ -90,7 +90,8 @@ def common_devices(hosts: Sequence[Host], answers: Sequence[dict[str, Any]]) -> 
     """The devices of all nodes together; the smallest memory counts."""
     found = [answer["devices"] for answer in answers]
     smallest = min(found, key=lambda device: device["memory_bytes"])
-    return Devices(smallest["kind"], sum(host.slots for host in hosts), smallest["name"], smallest["memory_bytes"])
+    by_node = tuple(host.slots for host in hosts)
+    return Devices(smallest["kind"], sum(by_node), smallest["name"], smallest["memory_bytes"], by_node=by_node)
 
 
 def find_meeting(

@@ -201,7 +201,8 @@ def predicted_stage_seconds(plan: Plan) -> list[float]:
     """Seconds that each stage of a plan computes in a step, predicted for this machine."""
     from llmpipe_cli.plan.propose import machines_for
 
-    candidate = planned_candidate(plan, machines_for(plan))
+    cluster = machines_for(plan)
+    candidate = None if cluster is None else planned_candidate(plan, cluster)
     if candidate is None:
         raise UsageError("the run's layout cannot be predicted", where="--calibrate")
     seconds = [0.0] * plan.layout.pipeline

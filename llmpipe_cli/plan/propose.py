@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmpipe_cli.errors import LlmpipeError, PreflightError, UsageError
 from llmpipe_cli.plan.calibration import Calibration, calibrate_run, links_of, read_links
@@ -21,46 +21,68 @@ from llmpipe_cli.plan.profile import ModelProfile
 from llmpipe_cli.plan.search import Candidate, Found, Job, Pins, search, why_not, why_slower
 from llmpipe_cli.recipe.schema import Recipe
 
+if TYPE_CHECKING:
+    from llmpipe_cli.cluster.devices import Devices
+
 SECONDS_A_DAY = 86400.0
 MAX_SHOWN = 20
 _DEEP, _FEW = 24, 6  # models from so many layers on are measured with so few
 
 
 def this_machine(requested: int | None = None) -> Cluster:
-    """The devices of this machine; a processor's cores share its memory.
+    """The devices of this machine.
 
     Raises:
         PreflightError: more accelerators are asked for than there are.
     """
-    from llmpipe_cli.cluster.devices import local_devices, num_cores
+    from llmpipe_cli.cluster.devices import local_devices
 
-    found = local_devices(requested)
-    if found.kind == "cpu":
-        base = DEVICES["cpu"]
-        cores = max(1.0, num_cores() / found.count) if found.count <= num_cores() else num_cores() / found.count
+    found = cluster_of(local_devices(requested))
+    assert found is not None, "a machine knows its own memory"
+    return found
+
+
+def cluster_of(devices: Devices) -> Cluster | None:
+    """The nodes that a launcher found; None where their devices are not known from here.
+
+    A processor's cores share its memory; those of other nodes are taken to be as many as this machine's.
+    """
+    from llmpipe_cli.cluster.devices import num_cores
+
+    if not devices.memory_bytes:
+        return None
+    counts = devices.by_node or (devices.count,)
+    if devices.kind == "cpu":
+        base, most = DEVICES["cpu"], max(counts)
+        cores = max(1.0, num_cores() / most) if most <= num_cores() else num_cores() / most
         device = replace(
             base,
-            memory_bytes=found.memory_bytes,
+            memory_bytes=devices.memory_bytes,
             fp32=base.fp32 * cores,
             bf16=base.bf16 * cores,
             fp16=base.fp16 * cores,
         )
-        return one_node(device, found.count)
-    known = match_device(found.name, found.memory_bytes)
-    if known is None:  # an accelerator that the table lacks: rates of one that is common
-        known = replace(DEVICES["a10"], name=found.name, memory_bytes=found.memory_bytes)
-    return one_node(known, found.count)
+    else:
+        known = match_device(devices.name, devices.memory_bytes)
+        # An accelerator that the table lacks: rates of one that is common.
+        device = known or replace(DEVICES["a10"], name=devices.name, memory_bytes=devices.memory_bytes)
+    return replace(one_node(device, 1), nodes=tuple(Node(device, count) for count in counts))
 
 
-def machines_for(plan: Plan) -> Cluster:
-    """Devices like this machine's, as many as a plan has ranks."""
+def machines_for(plan: Plan, devices: Devices | None = None) -> Cluster | None:
+    """The devices that a plan runs on, as many as it has ranks; None where they are not known from here.
+
+    Args:
+        plan: the plan.
+        devices: what its launcher found; None takes devices like this machine's.
+    """
+    cluster = this_machine() if devices is None else cluster_of(devices)
     num_ranks = plan.layout.num_ranks
-    local = this_machine()
-    if num_ranks <= local.num_devices:
-        return local
-    if plan.device == "cpu":
+    if cluster is None or num_ranks <= cluster.num_devices:
+        return cluster
+    if plan.device == "cpu" and len(cluster.nodes) == 1:
         return this_machine(num_ranks)
-    return local.first_nodes(-(-num_ranks // local.num_devices))
+    return cluster.first_nodes(-(-num_ranks // cluster.devices_per_node))
 
 
 def hostfile_cluster(path: Path, device: Device) -> Cluster:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from llmpipe_cli.cluster.devices import Devices, local_devices
+from llmpipe_cli.cluster.devices import DeviceKind, Devices
 from llmpipe_cli.cluster.hostfile import Host
 from llmpipe_cli.cluster.launchers.base import Launcher, LaunchSpec, NodeCommand, is_secret, launch_script
 from llmpipe_cli.cluster.launchers.placement import ON_THE_NODE, node_environment
@@ -75,8 +75,8 @@ class KubernetesLauncher(Launcher):
         count = self._options.nodes * self._ranks_per_node
         if requested not in (None, count):
             raise UsageError(f"--devices {requested} does not fit the {count} ranks of the pods", hint="leave it away")
-        own = local_devices(1)
-        return Devices("cuda" if self._options.gpus_per_node else "cpu", count, own.name, own.memory_bytes)
+        kind: DeviceKind = "cuda" if self._options.gpus_per_node else "cpu"
+        return Devices(kind, count, name="", memory_bytes=0, by_node=(self._ranks_per_node,) * self._options.nodes)
 
     def commands(self, spec: LaunchSpec) -> list[NodeCommand]:
         host = Host("pod", tuple(range(self._ranks_per_node)))

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmpipe_cli.cluster.devices import Devices, local_devices
+from llmpipe_cli.cluster.devices import DeviceKind, Devices
 from llmpipe_cli.cluster.launchers.base import Job, Launcher, LaunchSpec, NodeCommand, launch_script
 from llmpipe_cli.cluster.launchers.placement import ON_THE_NODE
 from llmpipe_cli.cluster.outcome import Outcome, judge
@@ -82,11 +82,9 @@ class SlurmLauncher(Launcher):
                 f"--devices {requested} does not fit {self._nodes} nodes x {self._ranks_per_node} ranks",
                 hint="leave it away: nodes and gpus-per-node (or ranks-per-node) decide",
             )
-        own = local_devices(1)
-        if self._options.gpus_per_node is not None:
-            # Memory is not known before the job runs; the plan takes the usual size.
-            return Devices("cuda", count, own.name, own.memory_bytes)
-        return Devices("cpu", count, "cpu", own.memory_bytes // self._ranks_per_node)
+        # Which devices these are, and their memory, is known when the job runs.
+        kind: DeviceKind = "cpu" if self._options.gpus_per_node is None else "cuda"
+        return Devices(kind, count, name="", memory_bytes=0, by_node=(self._ranks_per_node,) * self._nodes)
 
     def commands(self, spec: LaunchSpec) -> list[NodeCommand]:
         meeting = Meeting("(the first node)", 0)

@@ -77,7 +77,8 @@ class SshLauncher(Launcher):
         """The devices as the hostfile says, without reaching a node: they are taken to be of this machine's kind."""
         self._hosts = _first_slots(self._hosts, requested)
         own = local_devices()
-        return Devices(own.kind, sum(host.slots for host in self._hosts), own.name, own.memory_bytes)
+        by_node = tuple(host.slots for host in self._hosts)
+        return Devices(own.kind, sum(by_node), own.name, own.memory_bytes, by_node=by_node)
 
     def check(self) -> preflight.Report:
         """Reach all nodes and compare them; the connections stay open when there is no problem."""

@@ -34,8 +34,8 @@ class TorchrunLauncher(Launcher):
 
     def devices(self, requested: int | None) -> Devices:
         own = local_devices()
-        count = requested or sum(host.slots for host in self._hosts)
-        return Devices(own.kind, count, own.name, own.memory_bytes)
+        by_node = tuple(host.slots for host in self._hosts)
+        return Devices(own.kind, requested or sum(by_node), own.name, own.memory_bytes, by_node=by_node)
 
     def commands(self, spec: LaunchSpec) -> list[NodeCommand]:
         hosts = ranks_by_host(self._hosts, spec.num_ranks)
