@@ -147,7 +147,8 @@ def tokenizer_source(model: Path | str) -> str:
 
 def _is_encoder_decoder(model: Path | str) -> bool:
     """Whether the model reads one text and writes another; asks the hub about a hub id."""
-    source = tokenizer_source(model) if (Path(model) / "adapter_config.json").is_file() else str(model)
+    adapter = read_json(Path(model) / "adapter_config.json") or {}
+    source = str(adapter.get("base_model_name_or_path") or model)
     config = read_json(Path(source) / "config.json")
     if config is not None:
         return bool(config.get("is_encoder_decoder", False))
