@@ -15,6 +15,7 @@ import typer
 from llmpipe_cli.cli import (
     bench,
     chat,
+    compress,
     console,
     data,
     doctor,
@@ -47,6 +48,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
+app.command("compress")(compress.compress)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data", help="Prepare data, and look at what a model sees of it.")
 app.command("sweep")(sweep.sweep)

@@ -44,7 +44,7 @@ _ASSETS = (
     "vocab.txt",
     "added_tokens.json",
 )
-_ASSET_PATTERNS = ("tokenizer*", "special_tokens_map.json", "*.model", *_ASSETS)
+ASSET_PATTERNS = ("tokenizer*", "special_tokens_map.json", "*.model", *_ASSETS)
 
 
 def merge_adapter(
@@ -88,7 +88,7 @@ def merge_adapter(
     _write(model, weights, adapter, adapters, out, max_shard_bytes, allow_pickle, progress)
     config.save_pretrained(out)
     for folder in (weights, adapter):
-        for pattern in _ASSET_PATTERNS:
+        for pattern in ASSET_PATTERNS:
             for path in folder.glob(pattern):
                 shutil.copyfile(path, out / path.name)
 

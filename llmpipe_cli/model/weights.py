@@ -92,7 +92,7 @@ def _convert(
         del model._weight_conversions
     conversions: Any = get_model_conversion_mapping(model)
     settings = LoadStateDictConfig(device_map={"": device}, weight_mapping=conversions)
-    with _no_progress_bar():
+    with no_progress_bar():
         info, _ = convert_and_load_state_dict_in_model(_StageView(model, names), stored, settings)  # type: ignore[arg-type]
     # later saves use the current library's names, whatever form these files had
     del model._weight_conversions
@@ -242,7 +242,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
+    """transformers shows no bars meanwhile."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

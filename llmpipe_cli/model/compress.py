@@ -1,0 +1,397 @@
+"""Smaller models: neurons removed from feed-forward layers, and weights as integers.
+
+Pruning drops the neurons whose weights are smallest, so matrices really shrink; the config says the new width, and the
+result is an ordinary model. Quantization keeps a weight as 8- or 4-bit integers with a scale a row (8 bits) or a scale
+a group of 32 weights (4 bits), rounded to nearest, symmetric, in the file format of compressed-tensors, which
+transformers opens. Activations stay floating-point numbers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from llmpipe_cli.errors import UsageError
+from llmpipe_cli.model.adapters import CONFIG_FILE as ADAPTER_CONFIG
+from llmpipe_cli.model.merge import ASSET_PATTERNS
+from llmpipe_cli.model.weights import no_progress_bar
+
+_GROUP_SIZE = 32
+_NEURON_MULTIPLE = 8
+_INTEGERS = {"type": "int", "symmetric": True, "dynamic": False}
+# One scheme for all layers of a model: where transformers turns integers into numbers, it looks at one.
+_SCHEMES: dict[int, dict[str, Any]] = {
+    8: {"weights": {**_INTEGERS, "num_bits": 8, "strategy": "channel"}, "format": "int-quantized"},
+    4: {
+        "weights": {**_INTEGERS, "num_bits": 4, "strategy": "group", "group_size": _GROUP_SIZE},
+        "format": "pack-quantized",
+    },
+}
+# Layers into the neurons and the one out of them, by the names that transformers' models give them.
+_MLP_NAMES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("wi_0", "wi_1"), "wo"),
+    (("wi",), "wo"),
+    (("fc1",), "fc2"),
+    (("c_fc",), "c_proj"),
+    (("lin1",), "lin2"),
+    (("dense_h_to_4h",), "dense_4h_to_h"),
+    (("intermediate.dense",), "output.dense"),
+)
+_WIDTH_FIELDS = (
+    "intermediate_size",
+    "n_inner",
+    "ffn_dim",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "d_ff",
+    "hidden_dim",
+)
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """One feed-forward block: layers into its neurons, and the layer out of them."""
+
+    name: str
+    ins: tuple[nn.Module, ...]
+    out: nn.Module
+
+    @property
+    def width(self) -> int:
+        return rows(self.ins[0]).shape[0]
+
+
+def load_plain(directory: Path) -> PreTrainedModel:
+    """The model of a directory, as transformers opens it, in evaluation mode.
+
+    Raises:
+        UsageError: adapters, a model that is quantized already, no safetensors, or a class that transformers lacks.
+    """
+    if (directory / ADAPTER_CONFIG).is_file():
+        hint = f"llmpipe merge {directory} MERGED, then compress MERGED"
+        raise UsageError("these are LoRA adapters, not a whole model", where=str(directory), hint=hint)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if config.get("quantization_config"):
+        raise UsageError("this model is quantized already", where=str(directory))
+    if not any(directory.glob("*.safetensors")):
+        raise UsageError("there are no weights in safetensors files here", where=str(directory))
+    return _load(directory)
+
+
+def _load(directory: Path) -> PreTrainedModel:
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    name = (config.get("architectures") or [""])[0]
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise UsageError(f"transformers has no class {name!r} for this model", where=str(directory))
+    with no_progress_bar():
+        return cls.from_pretrained(directory, use_safetensors=True).eval()
+
+
+def check_out(out: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        UsageError: it does.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError("this is where the model should go, and it is not empty", where=str(out))
+
+
+def save_plain(model: PreTrainedModel, source: Path, out: Path) -> None:
+    """Write weights, config and what else is beside the original model."""
+    with no_progress_bar():
+        model.save_pretrained(out)
+    for pattern in ASSET_PATTERNS:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, out / path.name)
+
+
+def weights_bytes(directory: Path) -> int:
+    """Size of all safetensors files."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+# ---------------------------------------------------------------------------------------------- pruning
+
+
+def prune_mlp(model: PreTrainedModel, share: float) -> tuple[int, int]:
+    """Remove the weakest neurons of every feed-forward layer, in place.
+
+    A neuron's strength is the product of the norms of its weights in and out: what it can add to the layer's result.
+    All layers keep the same number, a multiple of 8, as the config has one width for all.
+
+    Args:
+        model: changed, its config too.
+        share: of the neurons to remove, 0 < share < 1.
+
+    Returns:
+        Neurons a layer before and after.
+
+    Raises:
+        UsageError: feed-forward layers of a form that is not known, or of different widths.
+    """
+    kind = model.config.model_type
+    blocks = _find_mlps(model)
+    widths = {block.width for block in blocks}
+    fields = [name for name in _WIDTH_FIELDS if hasattr(model.config, name)]
+    if len(widths) != 1 or not fields:
+        raise UsageError(
+            f"the feed-forward layers of {kind} cannot be pruned",
+            hint="known are gated ones (Llama, Qwen, T5 1.1) and plain ones (GPT-2, BERT, OPT, BART, T5)",
+        )
+    width = widths.pop()
+    kept = max(_NEURON_MULTIPLE, round(width * (1 - share) / _NEURON_MULTIPLE) * _NEURON_MULTIPLE)
+    if kept >= width:
+        raise UsageError(f"{share:g} of {width} neurons is less than the {_NEURON_MULTIPLE} that go together")
+    for block in blocks:
+        chosen = _strengths(block).topk(kept).indices.sort().values
+        for layer in block.ins:
+            _keep(layer, chosen, out=True)
+        _keep(block.out, chosen, out=False)
+    for name in fields:
+        if getattr(model.config, name) in (width, None):
+            setattr(model.config, name, kept)
+    _check_shapes(model)
+    return width, kept
+
+
+def rows(layer: nn.Module) -> Tensor:
+    """A linear layer's weight as [out, in]; GPT-2's Conv1D keeps it the other way around."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight if isinstance(layer, nn.Linear) else weight.T
+
+
+def _find_mlps(model: PreTrainedModel) -> list[Mlp]:
+    """All feed-forward blocks: modules that have layers of the known names, with shapes that fit each other."""
+    blocks = []
+    for name, module in model.named_modules():
+        for ins, out in _MLP_NAMES:
+            found = [_layer(module, path) for path in (*ins, out)]
+            layers = [layer for layer in found if layer is not None]
+            if len(layers) < len(found):
+                continue
+            width = rows(layers[0]).shape[0]
+            if all(rows(layer).shape[0] == width for layer in layers[:-1]) and rows(layers[-1]).shape[1] == width:
+                blocks.append(Mlp(name, tuple(layers[:-1]), layers[-1]))
+                break
+    return blocks
+
+
+def _layer(module: nn.Module, path: str) -> nn.Module | None:
+    for part in path.split("."):
+        child = getattr(module, part, None)
+        if not isinstance(child, nn.Module):
+            return None
+        module = child
+    return module if isinstance(module, nn.Linear | Conv1D) else None
+
+
+def _strengths(block: Mlp) -> Tensor:
+    """[neurons]: norm of the weights in, of all layers together, times the norm of the weights out."""
+    with torch.no_grad():
+        squares = torch.stack([rows(layer).float().square().sum(1) for layer in block.ins]).sum(0)
+        return squares.sqrt() * rows(block.out).float().norm(dim=0)
+
+
+def _keep(layer: nn.Module, chosen: Tensor, *, out: bool) -> None:
+    """Keep some outputs (with their biases) or some inputs of a linear layer."""
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    # [out, in] in nn.Linear, [in, out] in Conv1D
+    dim = (0 if out else 1) if isinstance(layer, nn.Linear) else (1 if out else 0)
+    layer.weight = nn.Parameter(weight.detach().index_select(dim, chosen).contiguous())
+    if out and isinstance(bias, Tensor):
+        layer.bias = nn.Parameter(bias.detach()[chosen].clone())
+    if isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif out and isinstance(layer, Conv1D):
+        layer.nf = len(chosen)
+
+
+def _check_shapes(model: PreTrainedModel) -> None:
+    """The config has to describe the model as it is now.
+
+    Raises:
+        UsageError: it does not, so nobody could open the result.
+    """
+    with torch.device("meta"):
+        described = type(model)(model.config)
+    shapes = {name: value.shape for name, value in described.state_dict().items()}
+    for name, value in model.state_dict().items():
+        if shapes.get(name) != value.shape:
+            raise UsageError(
+                f"the feed-forward layers of {model.config.model_type} cannot be pruned: its config cannot describe "
+                f"{name} of {list(value.shape)}"
+            )
+
+
+# ---------------------------------------------------------------------------------------------- quantization
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What was done to the weights.
+
+    Attributes:
+        linear: linear layers that are integers now.
+        embedding: embeddings that are.
+        kept: parameters of two dimensions and more that stay as they were.
+    """
+
+    linear: int
+    embedding: int
+    kept: tuple[str, ...]
+
+
+def check_quantizable() -> None:
+    """Refuse where the library of the file format is missing.
+
+    Raises:
+        UsageError: it is.
+    """
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise UsageError("quantization needs compressed-tensors", hint="pip install 'llmpipe_cli[compress]'")
+
+
+def quantize_directory(source: Path, out: Path, bits: int) -> Quantized:
+    """Write the model of `source` to `out` with integer weights.
+
+    These are linear layers and embeddings. Weights that several modules share (a tied head), norms, biases and matrices
+    with a side below 32 (heads of few labels) or, with 4 bits, rows that are no multiple of 32 stay as they are.
+
+    Args:
+        source: a plain model directory.
+        out: an empty or new directory.
+        bits: 8 or 4.
+
+    Raises:
+        UsageError: compressed-tensors is missing, or most weights are in layers that cannot be quantized.
+    """
+    check_quantizable()
+    from compressed_tensors.compressors import compress_module
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
+
+    model = load_plain(source)
+    layers = _quantizable(model, bits)
+    owned = {id(module.weight) for module in layers.values()}
+    matrices = {name: value for name, value in model.named_parameters() if value.dim() >= 2}
+    kept = tuple(name for name, value in matrices.items() if id(value) not in owned)
+    if sum(matrices[name].numel() for name in kept) > 0.5 * sum(value.numel() for value in matrices.values()):
+        raise UsageError(
+            f"most weights of this {model.config.model_type} model cannot be quantized",
+            where=str(source),
+            hint=f"such as {kept[0]}; linear layers and embeddings can, where no other module shares their weights",
+        )
+    scheme = QuantizationScheme(**_SCHEMES[bits], targets=list(layers))
+    for module in layers.values():
+        module.quantization_scheme = scheme
+        _set_scales(module)
+        compress_module(module)
+    config = QuantizationConfig(
+        config_groups={"group_0": scheme}, format=scheme.format, quantization_status=QuantizationStatus.COMPRESSED
+    )
+    save_plain(model, source, out)
+    file = out / "config.json"
+    described = json.loads(file.read_text(encoding="utf-8"))
+    # Integers become numbers when the model is opened. transformers' other way, at the first forward pass of the whole
+    # model, fails where `generate` runs an encoder first, and with packed embeddings.
+    described["quantization_config"] = config.model_dump(mode="json") | {"dequantize": True}
+    file.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    num_embeddings = sum(isinstance(module, nn.Embedding) for module in layers.values())
+    return Quantized(len(layers) - num_embeddings, num_embeddings, kept)
+
+
+def load_quantized(directory: Path) -> PreTrainedModel:
+    """A quantized directory as `from_pretrained` opens it, with floating-point weights of the rounded values."""
+    return _load(directory)
+
+
+def save_rounded(quantized: PreTrainedModel, plain: Path, out: Path) -> None:
+    """Write the rounded weights as floating-point numbers: an ordinary model that computes the same.
+
+    Args:
+        quantized: from `load_quantized`.
+        plain: the directory that was quantized.
+        out: a new directory.
+    """
+    model = load_plain(plain)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(quantized.get_parameter(name))
+    save_plain(model, plain, out)
+
+
+def _quantizable(model: PreTrainedModel, bits: int) -> dict[str, nn.Module]:
+    """Linear layers and embeddings whose weight belongs to them alone, without small ones (heads of a few labels)."""
+    owners: dict[int, list[tuple[str, nn.Linear | nn.Embedding]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            owners.setdefault(id(module.weight), []).append((name, module))
+    layers = dict(owned[0] for owned in owners.values() if len(owned) == 1)
+    multiple = _GROUP_SIZE if bits == 4 else 1
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if min(layer.weight.shape) >= _GROUP_SIZE and layer.weight.shape[1] % multiple == 0
+    }
+
+
+def _set_scales(module: Any) -> None:
+    """Scales that put the largest magnitude of each row or group at the end of the integers' range.
+
+    They have the model's dtype; the weight becomes float32, so that it is rounded once.
+    """
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    args, weight = module.quantization_scheme.weights, module.weight.detach().float()
+    groups = weight.unflatten(1, (-1, args.group_size or weight.shape[1]))
+    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    module.weight_scale = nn.Parameter(scale.to(module.weight.dtype), requires_grad=False)
+    module.weight = nn.Parameter(weight, requires_grad=False)
+
+
+# ---------------------------------------------------------------------------------------------- speed
+
+
+def forward_speeds(
+    models: Sequence[PreTrainedModel], *, batch_size: int = 4, length: int = 128, rounds: int = 7
+) -> list[float]:
+    """Tokens a second of the same forward pass, the models in turn, median of the rounds.
+
+    Args:
+        models: on the same device; one forward of each warms it up.
+        batch_size: sequences.
+        length: tokens a sequence, at most what the models take.
+        rounds: measurements of each.
+    """
+    limit = getattr(models[0].config, "max_position_embeddings", None) or length
+    ids = torch.arange(batch_size * min(length, limit)).remainder(models[0].config.vocab_size).view(batch_size, -1)
+    inputs = {"input_ids": ids}
+    if models[0].config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    seconds: list[list[float]] = [[] for _ in models]
+    with torch.no_grad():
+        for model in models:
+            model(**inputs)
+        for _ in range(rounds):
+            for mine, model in zip(seconds, models, strict=True):
+                started = time.perf_counter()
+                model(**inputs)
+                mine.append(time.perf_counter() - started)
+    return [ids.numel() / statistics.median(mine) for mine in seconds]
