@@ -21,6 +21,8 @@ def main() -> int:
     rank = int(os.environ["RANK"])
     stop = StopFlag(run.stop_file if rank == 0 else None)
     try:
+        import torch.distributed as dist
+
         from llmpipe_cli.worker.process import join
 
         context = join(run, stop)
@@ -34,7 +36,10 @@ def main() -> int:
             from llmpipe_cli.worker.serving import serve as job
         else:
             from llmpipe_cli.worker.generation import generate as job
-        return job(context)
+        code = job(context)
+        # A rank that ended with something still on the way to it would take what it had sent with it.
+        dist.barrier()
+        return code
     except BaseException as error:
         return write_failure(run, rank, error)
 
