@@ -29,6 +29,8 @@ from llmpipe_cli.errors import PreflightError
 _SSH_FAILED = 255
 _ANSWER_SECONDS = 60.0
 _CLOSE_SECONDS = 5.0
+_SETTLE_SECONDS = 2.0
+"""How long after the last time-out or failure others may still arrive: ssh processes do not start at one instant."""
 
 T = TypeVar("T")
 
@@ -214,15 +216,17 @@ def connect_all(
         The connections; the answers, each with ``heard``, this machine's clock when it came, empty for a node without
         one; what is wrong, an error a node. When one node cannot be reached, slow answers of others are not waited for.
     """
-    started = time.monotonic()
     connections = [NodeConnection(host, options) for host in hosts]
+    started = time.monotonic()
     answers: list[dict[str, Any]] = [{} for _ in hosts]
     problems: list[PreflightError] = []
     waiting = set(range(len(hosts)))
     for connection in connections:
         connection.send(question)
+    settled = started + options.connect_timeout_seconds + _SETTLE_SECONDS
     while waiting:
         now = time.monotonic()
+        known = len(problems)
         for index in sorted(waiting):
             connection = connections[index]
             try:
@@ -235,8 +239,9 @@ def connect_all(
                 if (reason := connection.lost) is not None and connection.events.empty():
                     problems.append(_unreachable(connection, reason))
                     waiting.discard(index)
-        late = now - started > options.connect_timeout_seconds + 1.0
-        if late and problems:
+        if len(problems) > known:
+            settled = max(settled, now + _SETTLE_SECONDS)
+        if problems and now > settled:
             break
         if now - started > options.connect_timeout_seconds + _ANSWER_SECONDS:
             problems += [
