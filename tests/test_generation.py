@@ -35,7 +35,7 @@ TYPES = {
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
-    with RankPool(3) as members:
+    with RankPool(4) as members:
         yield members
 
 
@@ -74,15 +74,17 @@ def _model(folder: Path, model_type: str, scale: float = 4.0) -> Path:
     return path
 
 
-def _run(folder: Path, pool: RankPool, model: Path, stages: int, sampling: Any = None, **options: Any) -> RunDirectory:
+def _run(
+    folder: Path, pool: RankPool, model: Path, stages: int, sampling: Any = None, tensor: int = 1, **options: Any
+) -> RunDirectory:
     settings = {"max_new_tokens": NEW_TOKENS, "num_beams": options.pop("num_beams", 1)}
     settings["use_cache"] = options.pop("use_cache", True)
     options = {"prompts": PROMPTS, "tokenizer": str(model), "settings": settings, "sampling": sampling or {}, **options}
-    recipe = minimal_recipe(model, "fp32", stages, options.pop("batch_size", 3))
-    plan = make_plan(recipe, None, job="generate", device="cpu", num_devices=3, options=options)
+    recipe = minimal_recipe(model, "fp32", stages, options.pop("batch_size", 3), tensor)
+    plan = make_plan(recipe, None, job="generate", device="cpu", num_devices=4, options=options)
     run = RunDirectory.create(folder / "runs", plan.name)
     plan.save(run.plan)
-    pool.run_well(run, stages)
+    pool.run_well(run, stages * tensor)
     return run
 
 
@@ -128,6 +130,26 @@ def test_beam_search_is_that_of_transformers(model_type: str, stages: int, folde
     expected = _expected(model, do_sample=False, num_beams=3)
     assert expected != _expected(model, do_sample=False)
     assert _texts(run) == expected
+
+
+@pytest.mark.parametrize(
+    ("model_type", "stages", "tensor", "num_beams"),
+    [
+        ("llama", 1, 4, 1),
+        ("gpt2", 1, 2, 1),
+        ("gemma2", 2, 2, 1),
+        ("mistral", 2, 2, 1),
+        ("t5", 2, 2, 1),
+        ("bart", 2, 2, 3),
+    ],
+)
+def test_tensor_shards_write_the_text_of_transformers(
+    model_type: str, stages: int, tensor: int, num_beams: int, folder: Path, pool: RankPool
+) -> None:
+    """Each shard caches its own heads, or the key heads that its queries share; with stages, two batches in flight."""
+    model = _model(folder, model_type, scale=2.0 if num_beams > 1 else 4.0)
+    run = _run(folder, pool, model, stages, tensor=tensor, num_beams=num_beams)
+    assert _texts(run) == _expected(model, do_sample=False, num_beams=num_beams)
 
 
 def test_a_token_costs_one_tokens_compute(folder: Path, pool: RankPool) -> None:

@@ -41,6 +41,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "2x2-zero1": {"pipeline": 2, "data": 2, "zero_stage": 1},
     "2-checkpointing": {"pipeline": 2, "activation_checkpointing": "full"},
     "3-zb-h1": {"pipeline": 3, "schedule": "zb-h1"},
+    "2x2-tensor": {"pipeline": 2, "tensor": 2, "schedule": "zb-h1"},
+    "1x2x2-tensor": {"pipeline": 1, "tensor": 2, "data": 2, "zero_stage": 1},
 }
 # The embedding alone on the first stage and the head alone on the last: neither holds anything that learns.
 BARE_ENDS = {"pipeline": 3, "partition": [1, 3, 1]}
@@ -152,7 +154,13 @@ def trained(llama: Job, pool: RankPool) -> RunDirectory:
     return llama.train(pool, parallel=LAYOUTS["2"])
 
 
-@pytest.mark.parametrize("parallel", [LAYOUTS["1"], LAYOUTS["2x2-zero1"], BARE_ENDS, {**BARE_ENDS, "zero_stage": 1}])
+# Four shards share two key heads: each computes with some rows of whole projections.
+FOUR_SHARDS = {"pipeline": 1, "tensor": 4}
+
+
+@pytest.mark.parametrize(
+    "parallel", [LAYOUTS["1"], LAYOUTS["2x2-zero1"], BARE_ENDS, {**BARE_ENDS, "zero_stage": 1}, FOUR_SHARDS]
+)
 def test_dropout_and_stages_without_adapters(
     parallel: dict[str, Any], llama: Job, trained: RunDirectory, pool: RankPool
 ) -> None:
@@ -217,7 +225,7 @@ def test_peft_opens_the_checkpoint(llama: Job, trained: RunDirectory, tmp_path: 
         merge_adapter(tmp_path / "merged", tmp_path / "other")
 
 
-@pytest.mark.parametrize("layout", ["1", "2", "2x2-zero1"])
+@pytest.mark.parametrize("layout", ["1", "2", "2x2-zero1", "2x2-tensor"])
 def test_resume(layout: str, llama: Job, trained: RunDirectory, pool: RankPool) -> None:
     resumed = llama.train(pool, resume=trained.checkpoint(2), parallel=LAYOUTS[layout])
     assert [line["step"] for line in steps(resumed)] == [3, 4]

@@ -77,6 +77,9 @@ def generate(
     stages: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Pipeline stages; by default one a device.")
     ] = None,
+    tensor: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tensor shards of each stage, for types that can be divided.")
+    ] = 1,
     output_dir: OutputDirOption = Path("runs"),
     devices: DevicesOption = None,
     hostfile: HostfileOption = None,
@@ -98,7 +101,7 @@ def generate(
     from llmpipe_cli.cli.models import find_model
 
     found = find_model(model, output_dir)
-    recipe = minimal_recipe(found, dtype, stages, batch_size)
+    recipe = minimal_recipe(found, dtype, stages, batch_size, tensor)
     available = jobs.devices_for(options)
     plan = jobs.plan_job(
         recipe,
@@ -158,7 +161,7 @@ def _is_encoder_decoder(model: Path | str) -> bool:
     return bool(load_config(ModelSection.model_validate({"from": source}), "causal-lm").is_encoder_decoder)
 
 
-def minimal_recipe(model: Path | str, dtype: str, stages: int | None, batch_size: int = 8) -> Any:
+def minimal_recipe(model: Path | str, dtype: str, stages: int | None, batch_size: int = 8, tensor: int = 1) -> Any:
     """The smallest recipe that says what to load and how to split it."""
     from llmpipe_cli.recipe.schema import Recipe
 
@@ -171,7 +174,7 @@ def minimal_recipe(model: Path | str, dtype: str, stages: int | None, batch_size
             "model": {"from": str(model), "dtype": dtype},
             "data": {"sequence_len": 16},  # stages are balanced for single tokens; every model has that many positions
             "train": {"global_batch_size": batch_size, "micro_batch_size": batch_size},
-            "parallel": {"pipeline": stages or "auto", "tensor": 1, "data": 1},
+            "parallel": {"pipeline": stages or "auto", "tensor": tensor, "data": 1},
         }
     )
 

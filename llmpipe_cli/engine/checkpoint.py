@@ -335,7 +335,11 @@ def _own_adapters(engine: Engine, adapters: Adapters) -> list[dict[str, torch.Te
     module = engine.module
     wanted = {*adapters.names, *adapters.saved}
     names = [name for name in saved_names(module.slice_plan, module.segments) if name in wanted]
-    return [adapter_state_dict(module.skeleton, names)] if names else []
+    if module.tensor_group is not None:
+        tensors = gather_whole(module.skeleton, module.slice_plan, names, module.tensor_group)
+    else:
+        tensors = {name: module.skeleton.get_parameter(name) for name in names}
+    return [adapter_state_dict(tensors)] if tensors else []
 
 
 def _join_parts(partial: Path, files: Files) -> None:

@@ -6,6 +6,9 @@ sends on. Where `generate` has scores and picks the next tokens, the last stage 
 ranks see the same tokens, stop together and ask for the same next pass. Logits processors, stopping criteria, beam
 search and the reordering of caches are transformers' code.
 
+With tensor shards every shard has its heads' part of the cache and, on the last stage, all logits; the first shard
+picks for all of them.
+
 An encoder runs once for each batch; its result is given to all ranks. After that the decoder is a pipeline of its own,
 whose first stage is the one with the decoder's embedding; stages that hold nothing but encoder layers sit it out.
 """
@@ -41,7 +44,7 @@ class PipelineDecoder:
     Args:
         module: this rank's stage.
         device: its device.
-        should_stop: asked on the pipeline's first rank before every pass; true ends all batches after it. Either all
+        should_stop: asked on the replica's first rank before every pass; true ends all batches after it. Either all
             ranks pass one or none.
 
     Attributes:
@@ -143,26 +146,28 @@ class PipelineDecoder:
             made: on the last stage, the tensor; elsewhere none.
             empty: a tensor of its shape and dtype.
         """
-        if self.num_stages == 1:
+        line = self._line
+        picks = line.is_last and line.shard == 0
+        if picks and line.num_ranks > 1:
             assert made is not None
-            return made
-        if made is not None:
-            self._line.tell(made, self._line.last, "tokens")  # before the pause: the first stage waits for it
+            line.tell(made, line.last, "tokens")  # before the pause: the first stage waits for it
         self.turns.pause()
-        return made if made is not None else self._line.hear(empty, self._line.last, "tokens")
+        return made if picks and made is not None else line.hear(empty, line.last, "tokens")
 
     def _exchange_stop(self) -> None:
         """Let all ranks know in the same pass that a stop was asked for."""
         if self._should_stop is None:
             return
-        if self._line.stage == 0:
+        line = self._line
+        asks = line.stage == 0 and line.shard == 0
+        if asks:
             self.stopping = self.stopping or self._should_stop()
-        if self.num_stages > 1:
+        if line.num_ranks > 1:
             flag = torch.tensor([int(self.stopping)], device=self.device)
-            if self._line.stage == 0:
-                self._line.tell(flag, 0, "stop")
+            if asks:
+                line.tell(flag, 0, "stop")
             else:
-                self.stopping = bool(self._line.hear(flag, 0, "stop"))
+                self.stopping = bool(line.hear(flag, 0, "stop"))
 
 
 class PipelinedModel:
@@ -263,26 +268,37 @@ class _Picked(LogitsProcessor):
         return chosen.scatter_(1, tokens[:, None], 0.0)
 
 
+_BETWEEN_STAGES = ("carry", "encoder")
+_TO_ALL = ("tokens", "stop")
+
+
 class _Line:
     """The ranks of one pipeline, with a communicator for every kind of message.
 
     A kind has a single sender, which sends in the order in which the receivers ask; kinds may overtake each other.
+    Tensor shards are pipelines side by side, each for its own part; what decides is told by the first to all of them.
     """
 
     def __init__(self, module: StageModule, device: torch.device) -> None:
         self.stage, self.num_stages, self.device = module.stage_id, module.num_stages, device
         self.last = module.placement.owner(module.placement.num_parts - 1)[0]
         grid = module.mpu()
-        self.ranks = [grid.stage_to_global(stage_id=stage) for stage in range(self.num_stages)]
+        shards = range(grid.get_slice_parallel_world_size())
+        self.shard = grid.get_slice_parallel_rank()
+        by_shard = [[grid.stage_to_global(stage_id=s, model=shard) for s in range(self.num_stages)] for shard in shards]
+        self.ranks, everyone = by_shard[self.shard], sorted(rank for ranks in by_shard for rank in ranks)
+        self.num_ranks = len(everyone)
+        self._sources = dict.fromkeys(_BETWEEN_STAGES, self.ranks) | dict.fromkeys(_TO_ALL, by_shard[0])
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._pending: list[tuple[dist.Work, Tensor]] = []
-        if self.num_stages == 1:
-            return
-        for ranks in sorted({tuple(ranks) for ranks in gather_json(self.ranks)}):
-            for kind in ("carry", "encoder", "tokens", "stop"):
-                group = dist.new_group(list(ranks))
-                if list(ranks) == self.ranks:
-                    self._groups[kind] = group
+        for members, kinds in ((self.ranks, _BETWEEN_STAGES), (everyone, _TO_ALL)):
+            if len(members) == 1:
+                continue
+            for ranks in sorted({tuple(ranks) for ranks in gather_json(members)}):
+                for kind in kinds:
+                    group = dist.new_group(list(ranks))
+                    if list(ranks) == members:
+                        self._groups[kind] = group
 
     @property
     def is_last(self) -> bool:
@@ -301,14 +317,14 @@ class _Line:
 
     def tell(self, tensor: Tensor, source: int, kind: str) -> None:
         """Send to all others without waiting for them; this rank is stage `source`."""
-        work = dist.broadcast(tensor, self.ranks[source], group=self._groups[kind], async_op=True)
+        work = dist.broadcast(tensor, self._sources[kind][source], group=self._groups[kind], async_op=True)
         assert work is not None
         self._pending = [(w, t) for w, t in self._pending if not w.is_completed()] + [(work, tensor)]
 
     def hear(self, empty: Tensor, source: int, kind: str) -> Tensor:
         """The next message of this kind from stage `source`, in the form of `empty`."""
         tensor = empty.to(self.device)
-        dist.broadcast(tensor, self.ranks[source], group=self._groups[kind])
+        dist.broadcast(tensor, self._sources[kind][source], group=self._groups[kind])
         return tensor
 
 

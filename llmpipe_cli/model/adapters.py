@@ -3,7 +3,8 @@
 An adapted layer computes ``W x + scale * B A dropout(x)``, A of shape [r, in] and B of shape [out, r], as peft does. A
 and B become children of the layer itself, so all weights of the model keep their Hugging Face names and the new ones
 have the names that peft writes. Each adapter belongs to the segments that its layer's weight belongs to. A is drawn
-from a seed made of its name, so no layout changes it; B starts at zero.
+from a seed made of its name, so no layout changes it; B starts at zero. With tensor shards a shard holds B's rows for
+its outputs of the layer, or A's columns for its inputs (`divide_adapters`).
 
 Adapters are kept in peft's own form, ``adapter_model.safetensors`` with ``adapter_config.json``, and read from it,
 whoever wrote it.
@@ -16,7 +17,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from llmpipe_cli.errors import CheckpointError, UsageError
 from llmpipe_cli.model.initialise import parameter_seed
 from llmpipe_cli.model.skeleton import all_names
 from llmpipe_cli.model.slicing.plan import Segment, SlicePlan
+from llmpipe_cli.model.tensor.apply import Division
+from llmpipe_cli.model.tensor.parts import Part
 from llmpipe_cli.recipe.names import nearest
 from llmpipe_cli.recipe.schema import LoraSection, ModelSection
 
@@ -267,24 +270,75 @@ def extend_plan(plan: SlicePlan, model: PreTrainedModel, adapters: Adapters) -> 
     return replace(plan, segments=tuple(extended(segment) for segment in plan.segments), unused=(*plan.unused, *unused))
 
 
+def divide_adapters(model: PreTrainedModel, division: Division, adapters: Adapters) -> Division:
+    """The division of a model and its adapters over tensor shards.
+
+    Beside a layer divided by columns every shard has A whole and B's rows for its own outputs; by rows, A's columns for
+    its own inputs and B whole. The whole one of the two sees a part of the gradient: what it works on is summed over
+    the shards with the layer's own result or input gradient, so that adapters add no communication to a micro-batch.
+
+    Args:
+        model: the undivided model without adapters; its parameters may be on meta.
+        division: what this shard holds of it.
+        adapters: what is added.
+
+    Raises:
+        UsageError: an adapted layer belongs to experts, whose results are summed over the shards as one.
+    """
+    first_names = {alias: names[0] for names in all_names(model).values() for alias in names}
+    experts = tuple(f"{name}." for name, style in division.styles.items() if style == "moe_tp_experts")
+    parts, partial = dict(division.parts), set(division.partial)
+    for target in adapters.targets:
+        if target.startswith(experts):
+            raise UsageError(
+                f"the adapter of {target} cannot be divided over tensor shards: the layer belongs to experts",
+                where="lora.target_modules",
+                hint="leave it out, or write parallel.tensor: 1",
+            )
+        layer: Any = model.get_submodule(target)
+        num_in, num_out = _features(layer)
+        name_a, name_b = adapter_names(target)
+        part = division.parts.get(first_names[f"{target}.weight"])
+        if part is None:
+            if first_names[f"{target}.weight"] in division.partial:
+                partial |= {name_a, name_b}
+        elif part.dim == int(isinstance(layer, Conv1D)):
+            parts[name_b] = Part((num_out, adapters.r), 0, part.ranges)
+            partial.add(name_a)
+        else:
+            parts[name_a] = Part((adapters.r, num_in), 1, part.ranges)
+            partial.add(name_b)
+    return replace(division, parts=parts, partial=partial)
+
+
 # -- layers ------------------------------------------------------------------------------------------------------------
 
 
 def attach(model: PreTrainedModel, adapters: Adapters) -> None:
-    """Put the adapters into the model, their parameters on meta; the layers' own weights keep their names."""
+    """Put the adapters into the model, their parameters on meta; the layers' own weights keep their names.
+
+    A layer whose weight is a tensor shard's part gets the shard's part of its adapter.
+    """
     for target in adapters.targets:
-        layer = model.get_submodule(target)
+        layer: Any = model.get_submodule(target)
         num_in, num_out = _features(layer)
         dtype = layer.weight.dtype
         layer.lora_dropout = nn.Dropout(adapters.dropout)
         layer.lora_A = nn.Linear(num_in, adapters.r, bias=False, device="meta", dtype=dtype)
         layer.lora_B = nn.Linear(adapters.r, num_out, bias=False, device="meta", dtype=dtype)
-        layer.forward = functools.partial(_adapted, layer, layer.forward, adapters.scale)
+        layer.lora_change = functools.partial(_change, layer, adapters.scale)
+        layer.forward = functools.partial(_adapted, layer, layer.forward)
 
 
-def _adapted(layer: Any, forward: Callable[[Tensor], Tensor], scale: float, inputs: Tensor) -> Tensor:
+def _adapted(layer: Any, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     result = forward(inputs)
-    return result + layer.lora_B(layer.lora_A(layer.lora_dropout(inputs))) * scale
+    return result + layer.lora_change(inputs)
+
+
+def _change(layer: Any, scale: float, inputs: Tensor) -> Tensor:
+    """What the adapter adds to the layer's result."""
+    change: Tensor = layer.lora_B(layer.lora_A(layer.lora_dropout(inputs)))
+    return change * scale
 
 
 def _features(layer: Any) -> tuple[int, int]:
@@ -293,18 +347,20 @@ def _features(layer: Any) -> tuple[int, int]:
     return (rows, columns) if isinstance(layer, Conv1D) else (columns, rows)
 
 
-def draw_adapter(name: str, parameter: Tensor, seed: int) -> None:
+def draw_adapter(name: str, parameter: Tensor, seed: int, part: Part | None = None) -> None:
     """Fill A with the values that a linear layer starts from (uniform within 1 / sqrt(in)), B with zeros.
 
-    The values depend on seed and name alone, also on another device.
+    The values depend on seed and name alone, also on another device, and on a tensor shard, which holds `part` of them.
     """
     with torch.no_grad():
         if name.endswith(".lora_B.weight"):
             parameter.zero_()
             return
         generator = torch.Generator().manual_seed(parameter_seed(seed, name))
-        bound = 1.0 / math.sqrt(parameter.shape[1])
-        parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+        shape = part.shape if part is not None else parameter.shape
+        bound = 1.0 / math.sqrt(shape[1])
+        values = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        parameter.copy_(part.take(values) if part is not None else values)
 
 
 def merged_weight(layer: Any, weight: Tensor, matrix_a: Tensor, matrix_b: Tensor, scale: float) -> Tensor:
@@ -389,19 +445,26 @@ def read_adapters(directory: Path) -> Adapters:
     return Adapters(r, scale, float(config.get("lora_dropout", 0.0)), tuple(targets), saved, config)
 
 
-def read_adapter_weights(model: nn.Module, names: Iterable[str], directory: Path) -> None:
+def read_adapter_weights(model: nn.Module, names: Iterable[str], directory: Path, parts: Mapping[str, Part]) -> None:
     """Fill parameters of the model, which are real, from the directory's adapters.
+
+    Args:
+        model: the model with its adapters.
+        names: of the parameters.
+        directory: of the adapters.
+        parts: which parts of parameters the model holds, where it does not hold them whole.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
     """
     with read_adapter_tensors(directory) as read, torch.no_grad():
         for name in names:
-            value, parameter = read(name), model.get_parameter(name)
-            if value.shape != parameter.shape:
-                message = f"{name} has shape {tuple(value.shape)}, the model asks for {tuple(parameter.shape)}"
+            value, parameter, part = read(name), model.get_parameter(name), parts.get(name)
+            shape = part.shape if part is not None else tuple(parameter.shape)
+            if value.shape != shape:
+                message = f"{name} has shape {tuple(value.shape)}, the model asks for {shape}"
                 raise CheckpointError(message, where=str(directory / WEIGHTS_FILE))
-            parameter.copy_(value)
+            parameter.copy_(part.take(value) if part is not None else value)
 
 
 @contextlib.contextmanager
@@ -422,9 +485,9 @@ def read_adapter_tensors(directory: Path) -> Iterator[Callable[[str], Tensor]]:
         yield read
 
 
-def adapter_state_dict(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """The named parameters under peft's names."""
-    return {_PEFT_PREFIX + name: model.get_parameter(name).detach() for name in names}
+def adapter_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters, given by their names in the model, under peft's names."""
+    return {_PEFT_PREFIX + name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _opened(directory: Path) -> Any:

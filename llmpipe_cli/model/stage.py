@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from llmpipe_cli.model.initialise import initialise
 from llmpipe_cli.model.skeleton import FIRST_VALUE, all_names, build_skeleton, replace_parameter
 from llmpipe_cli.model.slicing.plan import SlicePlan
 from llmpipe_cli.model.tensor.apply import Division, fill_parts, mark
+from llmpipe_cli.model.tensor.parts import Part
 from llmpipe_cli.model.weights import read_weights
 
 
@@ -62,7 +63,7 @@ def build_stage(
         adapter_weights: directory of adapters to read; without it they are drawn from `seed`.
         trainable: names of the parameters that learn; None means all.
         allow_pickle: read pytorch_model.bin too.
-        division: what this tensor shard holds; None without tensor shards.
+        division: what this tensor shard holds, of the adapters too; None without tensor shards.
 
     Raises:
         UsageError, CheckpointError: see `build_skeleton`, `initialise` and `read_weights`.
@@ -89,9 +90,14 @@ def build_stage(
         fill_parts(model, one_by_one if weights is None else _by_segment(plan, names), division, fill)
         mark(model, division, names)
     if adapters is not None:
-        _add_adapters(model, adapters, [name for name in own if name in added], adapter_weights, device, seed or 0)
+        parts = division.parts if division is not None else {}
+        new = [name for name in own if name in added]
+        _add_adapters(model, adapters, new, parts, device, None if adapter_weights is not None else seed or 0)
         if adapter_weights is not None:
-            read_adapter_weights(model, [name for name in names if name in adapters.saved], Path(adapter_weights))
+            read = [*new, *(name for name in names if name in adapters.saved)]
+            read_adapter_weights(model, read, Path(adapter_weights), parts)
+        if division is not None:
+            mark(model, division, new)
     if trainable is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trainable)
@@ -116,18 +122,16 @@ def _add_adapters(
     model: PreTrainedModel,
     adapters: Adapters,
     own: list[str],
-    directory: str | Path | None,
+    parts: Mapping[str, Part],
     device: torch.device | str,
-    seed: int,
+    seed: int | None,
 ) -> None:
-    """Put all adapters into the model and make the stage's own ones real."""
+    """Put all adapters into the model and make the stage's own ones real; with a seed, draw their values."""
     attach(model, adapters)
     for name in own:
         make_real(model, (name,), device)
-        if directory is None:
-            draw_adapter(name, model.get_parameter(name), seed)
-    if directory is not None:
-        read_adapter_weights(model, own, Path(directory))
+        if seed is not None:
+            draw_adapter(name, model.get_parameter(name), seed, parts.get(name))
 
 
 def make_real(model: PreTrainedModel, names: tuple[str, ...], device: torch.device | str) -> None:

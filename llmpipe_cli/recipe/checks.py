@@ -108,9 +108,6 @@ def _lora(context: _Context) -> Iterator[Finding]:
         yield Finding(paths, message, hint, is_warning=context.job is None)
     if lora.target_modules == []:
         yield Finding(("lora.target_modules",), "`target_modules` is empty", "write auto, all-linear or names")
-    if isinstance(recipe.parallel.tensor, int) and recipe.parallel.tensor > 1:
-        message = "LoRA with tensor shards is not available in this version"
-        yield Finding(("lora", "parallel.tensor"), message, "write tensor: 1")
 
 
 def _tokenizer(context: _Context) -> Iterator[Finding]:

@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from llmpipe_cli.engine.exchange import broadcast_json
 from llmpipe_cli.engine.module import StageModule, stage_chunks
 from llmpipe_cli.engine.schedules import splits_backward
-from llmpipe_cli.model.adapters import Adapters
+from llmpipe_cli.model.adapters import Adapters, divide_adapters
 from llmpipe_cli.model.skeleton import build_skeleton
 from llmpipe_cli.model.slicing.plan import SlicePlan
 from llmpipe_cli.model.stage import build_stage
@@ -106,9 +106,13 @@ def load_stage(context: Context) -> StageModule:
     plan = context.plan
     slice_plan = SlicePlan.from_json(plan.slice_plan)
     cls, config = getattr(transformers, plan.model_class), config_from_fields(plan)
+    adapters = Adapters.from_json(plan.adapters) if plan.adapters is not None else None
     division = None
     if plan.layout.tensor > 1:
-        division = divide_model(build_skeleton(cls, config), context.shard, plan.layout.tensor)
+        skeleton = build_skeleton(cls, config)
+        division = divide_model(skeleton, context.shard, plan.layout.tensor)
+        if adapters is not None:
+            division = divide_adapters(skeleton, division, adapters)
     model = build_stage(
         cls,
         config,
@@ -119,7 +123,7 @@ def load_stage(context: Context) -> StageModule:
         seed=context.recipe.train.seed,
         weights=plan.weights,
         attn_implementation=context.recipe.model.attn_implementation,
-        adapters=Adapters.from_json(plan.adapters) if plan.adapters is not None else None,
+        adapters=adapters,
         adapter_weights=plan.adapter_weights,
         trainable=set(plan.trainable) if plan.trainable is not None else None,
         allow_pickle=context.recipe.model.allow_pickle,

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.model.skeleton import all_names, replace_parameter
 from llmpipe_cli.model.tensor.collectives import TensorGroup
-from llmpipe_cli.model.tensor.dropout import with_whole_masks
+from llmpipe_cli.model.tensor.dropout import adapter_dropout, with_whole_masks
 from llmpipe_cli.model.tensor.loss import parallel_loss
 from llmpipe_cli.model.tensor.parts import Part, divide, share
 from llmpipe_cli.model.tensor.plans import reason_without_plan, styles_of
@@ -330,6 +330,10 @@ def install(model: PreTrainedModel, division: Division, group: TensorGroup, *, w
             module = modules[name]
             if _is_own(module):
                 module.forward = with_whole_masks(module, module.forward, group)
+    for module in modules.values():
+        if hasattr(module, "lora_dropout") and _is_own(module):
+            part = getattr(module.lora_A.weight, PART, None)
+            module.lora_dropout.forward = adapter_dropout(module.lora_dropout, part, group)
     if division.head is not None and _is_own(modules[division.head]):
         parallel = not whole_logits and "self.loss_function(" in inspect.getsource(type(model).forward)
         head: Any = modules[division.head]
@@ -397,8 +401,9 @@ def _rows_forward(module: Any, rows: tuple[int, ...], group: TensorGroup) -> Cal
     index = torch.tensor(rows, device=module.weight.device)
 
     def forward(inputs: Tensor) -> Tensor:
-        bias = module.bias
-        return F.linear(group.copy(inputs), module.weight[index], None if bias is None else bias[index])
+        bias, copied = module.bias, group.copy(inputs)
+        result = F.linear(copied, module.weight[index], None if bias is None else bias[index])
+        return result + module.lora_change(copied)[..., index] if hasattr(module, "lora_change") else result
 
     return forward
 

@@ -36,6 +36,31 @@ def with_whole_masks(module: nn.Module, plain: Callable[..., Any], group: Tensor
     return forward
 
 
+def adapter_dropout(dropout: nn.Dropout, part: Part | None, group: TensorGroup) -> Callable[[Tensor], Tensor]:
+    """The forward of the dropout before an adapter, with the mask that one process would draw for the whole input.
+
+    Args:
+        dropout: the layer.
+        part: of A, if it is divided: which columns of the whole input the shard has.
+        group: the shards.
+    """
+
+    def forward(inputs: Tensor) -> Tensor:
+        if not dropout.training or dropout.p == 0:
+            return inputs
+        outer, group.region = group.region, None
+        try:
+            if part is None:
+                return F.dropout(inputs, dropout.p)
+            ones = torch.ones(*inputs.shape[:-1], part.shape[part.dim], dtype=inputs.dtype, device=inputs.device)
+            mask = F.dropout(ones, dropout.p)
+            return inputs * Part(tuple(mask.shape), mask.dim() - 1, part.ranges).take(mask)
+        finally:
+            group.region = outer
+
+    return forward
+
+
 class _WholeMasks(TorchFunctionMode):
     def __init__(self, group: TensorGroup) -> None:
         super().__init__()
