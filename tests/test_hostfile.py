@@ -58,6 +58,7 @@ def test_all_that_is_accepted(tmp_path: Path) -> None:
 def test_mistakes_are_told_with_their_line(tmp_path: Path, text: str, line: int | None, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         read(tmp_path, text)
+    assert caught.value.exit_code == 2
     assert message in caught.value.message
     assert caught.value.where == str(tmp_path / "hosts") + (f":{line}" if line else "")
 
@@ -108,6 +109,11 @@ def test_what_the_facts_of_nodes_say(tmp_path: Path) -> None:
     assert "the clock of a is -7.5 s off this machine's: use NTP or chrony" in crowded.warnings
     mixed = judge_facts([Host("a", (0,)), Host("b", (0,))], [gpus, facts], [0.0, 0.0])
     assert any("another kind" in one.message for one in mixed.problems)
+    for package in ("deepspeed", "llmpipe"):
+        older = gpus | {"versions": gpus["versions"] | {package: "0.0.1"}}
+        (problem,) = judge_facts([Host("a", (0,))], [older], [0.0]).problems
+        assert problem.exit_code == 3
+        assert problem.message == f"a has {package} 0.0.1, this machine has {facts['versions'][package]}"
 
 
 def test_the_examples_can_be_read() -> None:

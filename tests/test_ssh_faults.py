@@ -138,6 +138,10 @@ def test_unshared_job_with_odd_names_is_a_bystander_of_a_job_that_dies(
 def test_first_failure_and_early_death(nodes: Nodes, start: Start) -> None:
     """Two jobs at once: the first traceback is told, not its follower's; a rank that dies at once ends its job."""
     first, second = start({0: "early follower", 1: "raise"}, UNSHARED), start({1: "die at once", 0: "ignore"})
+    outcome = finish(second)
+    assert (outcome.exit_code, outcome.rank) == (4, 1)
+    died = (run_of(second).logs / "seen-1.json").stat().st_mtime
+    assert time.time() - died < 15, "the promised bound"
     outcome = finish(first)
     assert (outcome.exit_code, outcome.rank) == (4, 1)
     assert outcome.error is not None
@@ -145,8 +149,6 @@ def test_first_failure_and_early_death(nodes: Nodes, start: Start) -> None:
     assert outcome.error.where == "rank 1 (host node-b, stage 1)"
     assert outcome.traceback is not None
     assert 'sample_worker.py", line' in outcome.traceback
-    outcome = finish(second)
-    assert (outcome.exit_code, outcome.rank) == (4, 1)
     nothing_left(nodes)
 
 
@@ -225,7 +227,7 @@ def test_ranks_that_ignore_a_stop(nodes: Nodes, start: Start) -> None:
 
 
 def test_nodes_that_cannot_be_reached(nodes: Nodes, launcher: Callable[..., SshLauncher]) -> None:
-    """No sshd on one; 62 addresses that answer and two that swallow packets are judged in one connect time-out."""
+    """No sshd on one: nothing starts. 62 addresses and two that swallow packets are judged in one connect time-out."""
     nodes.stop_server(1, SHARED)
     try:
         with pytest.raises(PreflightError, match=r"cannot be used: .*Connection refused") as caught:
@@ -242,15 +244,19 @@ def test_nodes_that_cannot_be_reached(nodes: Nodes, launcher: Callable[..., SshL
     hosts = [Host(address, (0,), port=SHARED, place=f"hosts:{n}") for n, address in enumerate(many[:40], 1)]
     hosts += [Host(address, (0,), place=f"hosts:{n}") for n, address in enumerate(swallowed, 41)]
     hosts += [Host(address, (0,), port=SHARED, place=f"hosts:{n}") for n, address in enumerate(many[40:], 43)]
+    options = SshOptions(config=nodes.ssh_config, connect_timeout_seconds=4)
     began = time.monotonic()
-    ssh = SshLauncher(hosts, SshOptions(config=nodes.ssh_config, connect_timeout_seconds=4))
-    with pytest.raises(PreflightError) as caught:
-        ssh.devices(None)
+    report = SshLauncher(hosts, options).check()
     assert time.monotonic() - began < 20, "not 64 time-outs, and not 2"
-    assert caught.value.exit_code == 3
-    for address in swallowed:
-        assert f"{address} cannot be used" in caught.value.message
-    assert "timed out" in caught.value.message
+    # The other 62 are one machine, of which as many are named as have answered by then.
+    unreachable = [problem for problem in report.problems if not isinstance(problem, UsageError)]
+    assert [problem.exit_code for problem in unreachable] == [3, 3]
+    assert sorted(str(problem.where) for problem in unreachable) == ["hosts:41", "hosts:42"]
+    for address, problem in zip(swallowed, sorted(unreachable, key=str), strict=True):
+        assert f"{address} cannot be used" in problem.message
+        assert "timed out" in problem.message
+    with pytest.raises(PreflightError, match="cannot be used"):
+        SshLauncher([hosts[0], hosts[40]], options).devices(None)
     nothing_left(nodes, 60)
 
 
