@@ -75,7 +75,9 @@ def test_dry_run_starts_nothing_and_measures_each_work_once(tmp_path: Path) -> N
     }
     recipe.write_text(json.dumps(values))
     compare = ["--compare", "parallel.pipeline=1,2", "--compare", "parallel.schedule=1f1b,zb-h1"]
-    result = CliRunner().invoke(app, ["bench", str(recipe), *compare, "--rounds", "1", "--dry-run"])
+    result = CliRunner().invoke(app, ["bench", str(recipe), *compare, "--dry-run"])
     assert result.exit_code == 0, result.output
     assert result.stdout.count("layout: ") == 3  # one stage has only one order
+    result = CliRunner().invoke(app, ["bench", str(recipe), *compare, "--dry-run", "--json"])
+    assert len(json.loads(result.stdout)["runs"]) == 3
     assert not (tmp_path / "runs").exists()

@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from llmpipe_cli.cli.app import app
+from llmpipe_cli.errors import LlmpipeError
+from llmpipe_cli.run import RunDirectory, list_runs
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "deepspeed", "datasets", "numpy", "matplotlib", "tokenizers", "ruamel.yaml")
@@ -18,6 +23,12 @@ COMMANDS = [
     ["finetune"],
     ["evaluate"],
     ["generate"],
+    ["chat"],
+    ["bench"],
+    ["sweep"],
+    ["compress"],
+    ["merge"],
+    ["doctor"],
     ["plan"],
     ["data"],
     ["data", "prepare"],
@@ -29,6 +40,7 @@ COMMANDS = [
     ["runs", "show"],
     ["runs", "logs"],
     ["runs", "report"],
+    ["runs", "timeline"],
     ["runs", "cancel"],
 ]
 
@@ -119,6 +131,41 @@ def test_mistakes_end_with_their_exit_code_and_a_hint(
     for word in words:
         assert word in process.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where", "words"),
+    [
+        (["train", "r.yaml", "--include", "node-1"], "--include node-1", "reads no hostfile"),
+        (["train", "r.yaml", "--launcher", "slurm", "--hostfile", "h"], "--hostfile h", "reads no hostfile"),
+        (["evaluate", "r.yaml", "--limit", "3"], "--limit 3", "for the harness"),
+        (["evaluate", "r.yaml", "--folds", "2", "--harness", "arc_easy"], None, "exclude each other"),
+        (["compress", "m", "out", "--quantize", "int8", "--set", "name=x"], "--set name=x", "there is none"),
+        (["bench", "r.yaml", "--png", "nowhere/b.png"], "nowhere/b.png", "folder does not exist"),
+        (["runs", "timeline", "--png", "step.jpeg2"], "step.jpeg2", "no picture's name"),
+        (["runs", "timeline", "--trace", "."], ".", "is a folder"),
+        (["generate", ".", "-p", "x", "-o", "nowhere/out.jsonl"], "nowhere/out.jsonl", "folder does not exist"),
+        (["generate", ".", "-p", "\udcff"], r"'\udcff'", "not Unicode text"),
+        (["generate", ".", "--prompts", "p.jsonl"], "p.jsonl:1", "not a JSON object with a text"),
+        # The run has no checkpoint: it is looked for where the recipe keeps its runs, and not at the hub.
+        (["finetune", "r.yaml", "--from", "tiny"], None, "there is no checkpoint in"),
+    ],
+)
+def test_flags_without_an_effect_and_wrong_places_are_told_first(
+    arguments: list[str], where: str | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    RunDirectory.create("elsewhere", "tiny")
+    Path("p.jsonl").write_text('{"prompt": "\\ud800"}\n')
+    Path("r.yaml").write_text(
+        "name: tiny\noutput_dir: elsewhere\nmodel: {config: {model_type: llama}}\n"
+        "data: {train: {synthetic: true}, validation: {synthetic: true}, sequence_len: 16}\ntrain: {max_steps: 2}\n"
+    )
+    error = CliRunner().invoke(app, arguments).exception
+    assert isinstance(error, LlmpipeError), error
+    assert words in error.message
+    assert where is None or error.where == where
+    assert len(list_runs("elsewhere")) == 1
 
 
 def test_json_errors_are_one_document(tmp_path: Path) -> None:

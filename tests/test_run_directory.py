@@ -14,6 +14,7 @@ import pytest
 from llmpipe_cli.cli.jobs import read_environment
 from llmpipe_cli.cli.models import find_checkpoint, find_model, find_resume
 from llmpipe_cli.cli.runs import cancel
+from llmpipe_cli.cli.runs import logs as follow
 from llmpipe_cli.cluster.devices import local_devices, num_cores
 from llmpipe_cli.cluster.launchers.base import is_secret
 from llmpipe_cli.engine.manifest import file_entry, point, write_manifest
@@ -72,6 +73,26 @@ def test_cancel_asks_a_running_job_to_stop(tmp_path: Path) -> None:
     run.write_controller()
     cancel("demo", tmp_path)
     assert run.stop_file.is_file()
+
+
+def test_followed_logs_are_whole_lines_to_the_very_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDirectory.create(tmp_path, "demo")
+    run.write_controller()
+    log = run.rank_log(0)
+    log.write_text("one\ntw")
+    news = ["o\nthree\n", "fo", "ur"]
+
+    def grow(_seconds: float) -> None:
+        with log.open("a") as file:
+            file.write(news.pop(0))
+        if not news:
+            run.write_status("done", 0)
+
+    monkeypatch.setattr("time.sleep", grow)
+    follow("demo", follow=True, output_dir=tmp_path)
+    assert capsys.readouterr().out == "one\ntwo\nthree\nfour\n"
 
 
 def test_metrics_are_read_line_by_line_while_they_grow(tmp_path: Path) -> None:

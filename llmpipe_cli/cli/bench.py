@@ -10,22 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmpipe_cli.cli import console, jobs
-from llmpipe_cli.cli.launchers import ClusterFlags
-from llmpipe_cli.cli.options import (
-    DEFAULT_GRACE_SECONDS,
-    DevicesOption,
-    DryRunOption,
-    EnvOption,
-    ExcludeOption,
-    HostfileOption,
-    IncludeOption,
-    JsonOption,
-    LauncherOption,
-    LauncherOptionOption,
-    RecipeArgument,
-    SetOption,
-)
+from llmpipe_cli.cli import console, dry_run, jobs
+from llmpipe_cli.cli.options import RecipeArgument, SetOption, launching, picture_file
 from llmpipe_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,6 +30,7 @@ CompareOption = Annotated[
 _ONE_DEVICE = ("parallel.pipeline=1", "parallel.data=1", "parallel.tensor=1", "parallel.partition=auto")
 
 
+@launching(without=("detach", "grace_seconds"))
 def bench(
     recipe: RecipeArgument,
     compare: CompareOption = None,
@@ -53,18 +40,14 @@ def bench(
         int, typer.Option("--rounds", metavar="N", min=1, help="Runs of each, in turn with the others.")
     ] = 2,
     png: Annotated[
-        Path | None, typer.Option("--png", metavar="FILE", help="Draw speeds and step times into a PNG or SVG.")
+        Path | None,
+        typer.Option(
+            "--png", metavar="FILE", callback=picture_file, help="Draw speeds and step times into a PNG or SVG."
+        ),
     ] = None,
     set_: SetOption = None,
-    devices: DevicesOption = None,
-    hostfile: HostfileOption = None,
-    include: IncludeOption = None,
-    exclude: ExcludeOption = None,
-    launcher: LauncherOption = None,
-    launcher_option: LauncherOptionOption = None,
-    env: EnvOption = None,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
+    *,
+    options: jobs.LaunchOptions,
 ) -> None:
     """Measure training throughput: layouts and schedules side by side, and the speed-up over one device."""
     from llmpipe_cli.report.bench import Contender, bench_rows, bench_table, plot, split_table
@@ -75,16 +58,17 @@ def bench(
         (name, jobs.load(recipe, [*overrides, f"train.max_steps={warmup + steps}"], "train"))
         for name, overrides in variants
     ]
-    environment = jobs.read_environment(env)
-    cluster = ClusterFlags(hostfile, include, exclude, launcher_option or ())
-    options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, environment, DEFAULT_GRACE_SECONDS, cluster)
     plans = _distinct([(name, one, _plan(one, options)) for name, one in loaded])
     if not any(plan.layout.num_ranks == 1 for _, _, plan in plans):
         one = jobs.load(recipe, [*(set_ or []), *_ONE_DEVICE, f"train.max_steps={warmup + steps}"], "train")
         plans.insert(0, ("one device", one, _plan(one, options)))
     if plans[0][2].device == "cpu":
         # A device is a fixed number of cores, whatever the layout, or one device would have all of them.
-        environment.setdefault("OMP_NUM_THREADS", str(_threads(max(plan.layout.num_ranks for _, _, plan in plans))))
+        most_ranks = max(plan.layout.num_ranks for _, _, plan in plans)
+        options.environment.setdefault("OMP_NUM_THREADS", str(_threads(most_ranks)))
+    if options.dry_run:
+        _show_dry_runs(plans, options)
+        return
     contenders = [
         Contender(
             name, plan.layout.model_dump(), plan.schedule, flops_per_token=_flops(plan), peak_flops=_peak(plan, options)
@@ -94,14 +78,10 @@ def bench(
     for number in range(rounds):
         for contender, (name, one, plan) in zip(contenders, plans, strict=True):
             console.say(f"round {number + 1} of {rounds}: {name}")
-            run = _run(plan, one, options)
-            if run is not None:
-                contender.runs.append(run)
-    if dry_run:
-        return
+            contender.runs.append(_run(plan, one, options))
     baseline = next(index for index, (_, _, plan) in enumerate(plans) if plan.layout.num_ranks == 1)
     rows = bench_rows(contenders, baseline, warmup)
-    if as_json:
+    if options.as_json:
         console.print_json({"rows": rows, "baseline": rows[baseline]["system"], "pairs": rounds})
     else:
         console.stdout().print(bench_table(rows, baseline))
@@ -173,10 +153,20 @@ def _threads(num_ranks: int) -> int:
     return max(1, num_cores() // num_ranks)
 
 
-def _run(plan: Plan, loaded: LoadedRecipe, options: jobs.LaunchOptions) -> RunDirectory | None:
+def _show_dry_runs(plans: list[tuple[str, LoadedRecipe, Plan]], options: jobs.LaunchOptions) -> None:
+    """Each of the plans once; as one JSON document with --json."""
+    documents = {name: jobs.dry_run(plan, Path(one.recipe.output_dir), options) for name, one, plan in plans}
+    if options.as_json:
+        console.print_json({"dry_run": True, "runs": documents})
+        return
+    for name, document in documents.items():
+        console.stdout().print(f"{name}:", style="bold", markup=False)
+        dry_run.show(document, as_json=False)
+
+
+def _run(plan: Plan, loaded: LoadedRecipe, options: jobs.LaunchOptions) -> RunDirectory:
     finished = jobs.run_plan(plan, loaded, Path(loaded.recipe.output_dir), options)
-    if finished is None:
-        return None
+    assert finished is not None
     if finished.exit_code:
         raise typer.Exit(finished.exit_code)
     return finished.run

@@ -11,8 +11,21 @@ from typing import Annotated, Any
 import typer
 
 from llmpipe_cli.cli import console, jobs
-from llmpipe_cli.cli.generate import ModelArgument, minimal_recipe, tokenizer_source
-from llmpipe_cli.cli.options import DevicesOption, EnvOption, OutputDirOption
+from llmpipe_cli.cli.generate import minimal_recipe, tokenizer_source
+from llmpipe_cli.cli.options import (
+    DevicesOption,
+    DrawSeedOption,
+    DtypeOption,
+    EnvOption,
+    ModelArgument,
+    OutputDirOption,
+    RepetitionPenaltyOption,
+    StagesOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    launch_options,
+)
 from llmpipe_cli.cli.served import ServedModel
 from llmpipe_cli.errors import UsageError
 
@@ -25,29 +38,21 @@ def chat(
         str | None, typer.Option("--system", metavar="TEXT", help="What the model is told before the conversation.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest reply, in tokens.")] = 512,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token, more draws at random.")
-    ] = 0.7,
-    top_k: Annotated[int, typer.Option(min=0, metavar="K", help="Draw from the K likeliest tokens; 0 for all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, metavar="P", help="Draw from the likeliest tokens of this total share.")
-    ] = 0.95,
-    repetition_penalty: Annotated[
-        float, typer.Option(min=0.01, metavar="X", help="Above 1, tokens that are there already become less likely.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Decides the random draws.")] = 1234,
-    dtype: Annotated[str, typer.Option(metavar="TYPE", help="Number format: fp32, bf16 or fp16.")] = "fp32",
-    stages: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Pipeline stages; by default one a device.")
-    ] = None,
+    temperature: TemperatureOption = 0.7,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 0.95,
+    repetition_penalty: RepetitionPenaltyOption = 1.0,
+    seed: DrawSeedOption = 1234,
+    dtype: DtypeOption = "fp32",
+    stages: StagesOption = None,
     output_dir: OutputDirOption = Path("runs"),
     devices: DevicesOption = None,
     env: EnvOption = None,
 ) -> None:
     """Talk with a model that is split over pipeline stages of this machine."""
-    options = jobs.LaunchOptions(devices, "local", False, False, jobs.read_environment(env), 10.0)
-
     from llmpipe_cli.cli.models import find_model
+
+    options = launch_options(devices, env=env, grace_seconds=10.0)
 
     found = find_model(model, output_dir)
     conversation = Conversation(tokenizer_source(found), system)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmpipe_cli.cli import console, jobs
-from llmpipe_cli.cli.options import DEFAULT_GRACE_SECONDS, DevicesOption, JsonOption, OutputDirOption, SetOption
+from llmpipe_cli.cli.options import DevicesOption, JsonOption, OutputDirOption, SetOption, launch_options
 from llmpipe_cli.errors import RankError, UsageError
 from llmpipe_cli.run import read_json, write_json
 
@@ -53,12 +52,13 @@ def compress(
         raise UsageError("--prune-mlp is a share between 0 and 1", where=f"--prune-mlp {prune_mlp:g}")
     if quantize is None and prune_mlp is None:
         raise UsageError("there is nothing to do", hint="--quantize int8, --prune-mlp 0.25, or both")
+    if set_ and recipe is None:
+        raise UsageError("--set changes a recipe, and there is none", where=f"--set {set_[0]}", hint="add --recipe")
     loaded = None if recipe is None else jobs.load(recipe, set_ or [], "evaluate")
     found = Path(find_model(checkpoint, output_dir))
     if not found.is_dir():
         raise UsageError("there is no model directory of this name", where=checkpoint, hint="download it first")
-    options = jobs.LaunchOptions(devices, None, False, as_json, {}, DEFAULT_GRACE_SECONDS)
-    with closing(options.starter):
+    with launch_options(devices, as_json=as_json) as options:
         report = _compress(found, out, quantize, prune_mlp, loaded, options)
     write_json(out / REPORT_FILE, report)
     if as_json:

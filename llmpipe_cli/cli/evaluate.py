@@ -8,22 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from llmpipe_cli.cli import console, jobs
-from llmpipe_cli.cli.launchers import ClusterFlags
-from llmpipe_cli.cli.options import (
-    DEFAULT_GRACE_SECONDS,
-    DevicesOption,
-    DryRunOption,
-    EnvOption,
-    ExcludeOption,
-    GraceOption,
-    HostfileOption,
-    IncludeOption,
-    JsonOption,
-    LauncherOption,
-    LauncherOptionOption,
-    RecipeArgument,
-    SetOption,
-)
+from llmpipe_cli.cli.options import RecipeArgument, SetOption, launching
 from llmpipe_cli.errors import CheckpointError, RankError, UsageError
 from llmpipe_cli.run import RunDirectory, read_json
 
@@ -71,6 +56,7 @@ LimitOption = Annotated[
 ]
 
 
+@launching()
 def evaluate(
     recipe: RecipeArgument,
     checkpoint: CheckpointOption = None,
@@ -80,20 +66,15 @@ def evaluate(
     harness_include: HarnessIncludeOption = None,
     num_fewshot: ShotsOption = None,
     limit: LimitOption = None,
-    devices: DevicesOption = None,
-    hostfile: HostfileOption = None,
-    include: IncludeOption = None,
-    exclude: ExcludeOption = None,
-    launcher: LauncherOption = None,
-    launcher_option: LauncherOptionOption = None,
-    env: EnvOption = None,
-    grace_seconds: GraceOption = DEFAULT_GRACE_SECONDS,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
+    *,
+    options: jobs.LaunchOptions,
 ) -> None:
     """Measure a checkpoint on the recipe's validation data, under the pipeline."""
-    environment, cluster = jobs.read_environment(env), ClusterFlags(hostfile, include, exclude, launcher_option or ())
-    options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, environment, grace_seconds, cluster)
+    for flag, value in (("harness-include", harness_include), ("num-fewshot", num_fewshot), ("limit", limit)):
+        if value is not None and harness is None:
+            raise UsageError("this is for the harness", where=f"--{flag} {value}", hint="add --harness TASKS")
+    if folds is not None and harness is not None:
+        raise UsageError("--folds and --harness exclude each other", hint="leave one of the two out")
     if folds is not None:
         _cross_validate(recipe, checkpoint, folds, set_ or [], options)
     if harness is not None:
@@ -105,7 +86,6 @@ def evaluate(
     loaded = jobs.load(recipe, set_ or [], "evaluate")
     output_dir = Path(loaded.recipe.output_dir)
     model = _find(checkpoint, loaded, output_dir)
-    _ = options.starter  # a mistake in its flags is told before anything else is done
     found = jobs.devices_for(options)
     data = jobs.prepare(loaded, model)
     plan = jobs.plan_job(
@@ -120,7 +100,7 @@ def evaluate(
     finished = jobs.run_plan(plan, loaded, output_dir, options)
     if finished is not None:
         if finished.exit_code == 0:
-            _print_result(finished.run, as_json)
+            _print_result(finished.run, options.as_json)
         raise typer.Exit(finished.exit_code)
 
 

@@ -12,28 +12,22 @@ from typing import Annotated, Any
 import typer
 
 from llmpipe_cli.cli import console, jobs
-from llmpipe_cli.cli.launchers import ClusterFlags
 from llmpipe_cli.cli.options import (
-    DEFAULT_GRACE_SECONDS,
-    DevicesOption,
-    DryRunOption,
-    EnvOption,
-    ExcludeOption,
-    GraceOption,
-    HostfileOption,
-    IncludeOption,
-    JsonOption,
-    LauncherOption,
-    LauncherOptionOption,
+    DrawSeedOption,
+    DtypeOption,
+    ModelArgument,
     OutputDirOption,
+    RepetitionPenaltyOption,
+    StagesOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    launching,
+    output_file,
 )
 from llmpipe_cli.errors import RankError, UsageError
 from llmpipe_cli.run import RunDirectory, read_json
 
-ModelArgument = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="A model directory, a run, a run's name or a hub id.", show_default=False),
-]
 PromptOption = Annotated[
     list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to go on from; repeatable.")
 ]
@@ -43,21 +37,16 @@ PromptsOption = Annotated[
 ]
 
 
+@launching()
 def generate(
     model: ModelArgument,
     prompt: PromptOption = None,
     prompts: PromptsOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to add to each prompt.")] = 64,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token, more draws at random.")
-    ] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, metavar="K", help="Draw from the K likeliest tokens; 0 for all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, metavar="P", help="Draw from the likeliest tokens of this total share.")
-    ] = 1.0,
-    repetition_penalty: Annotated[
-        float, typer.Option(min=0.01, metavar="X", help="Above 1, tokens that are there already become less likely.")
-    ] = 1.0,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    repetition_penalty: RepetitionPenaltyOption = 1.0,
     beams: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Beam search of this width; by default what the model's files say."),
@@ -65,38 +54,28 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option("--stop", metavar="TEXT", help="End a text where this comes; repeatable.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Decides the random draws.")] = 1234,
+    seed: DrawSeedOption = 1234,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts that are computed together.")] = 8,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Keep keys and values of the past on each stage.")
     ] = True,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write the results here, as JSONL.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", callback=output_file, help="Also write the results here, as JSONL."
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(metavar="TYPE", help="Number format: fp32, bf16 or fp16.")] = "fp32",
-    stages: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Pipeline stages; by default one a device.")
-    ] = None,
+    dtype: DtypeOption = "fp32",
+    stages: StagesOption = None,
     tensor: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Tensor shards of each stage, for types that can be divided.")
+        int, typer.Option("--tensor", min=1, metavar="N", help="Tensor shards of each stage, for types with a plan.")
     ] = 1,
     output_dir: OutputDirOption = Path("runs"),
-    devices: DevicesOption = None,
-    hostfile: HostfileOption = None,
-    include: IncludeOption = None,
-    exclude: ExcludeOption = None,
-    launcher: LauncherOption = None,
-    launcher_option: LauncherOptionOption = None,
-    env: EnvOption = None,
-    grace_seconds: GraceOption = DEFAULT_GRACE_SECONDS,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
+    *,
+    options: jobs.LaunchOptions,
 ) -> None:
     """Go on from prompts with a model that is split over pipeline stages."""
-    environment, cluster = jobs.read_environment(env), ClusterFlags(hostfile, include, exclude, launcher_option or ())
-    options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, environment, grace_seconds, cluster)
     given, file, num_prompts = _find_prompts(prompt or [], prompts)
-    _ = options.starter  # a mistake in its flags is told before anything else is done
 
     from llmpipe_cli.cli.models import find_model
 
@@ -128,7 +107,7 @@ def generate(
     finished = jobs.run_plan(plan, None, output_dir, options)
     if finished is not None:
         if finished.exit_code == 0:
-            _finish(finished.run, output, as_json)
+            _finish(finished.run, output, options.as_json)
         raise typer.Exit(finished.exit_code)
 
 
@@ -188,7 +167,7 @@ def _find_prompts(given: list[str], file: Path | None) -> tuple[list[str], Path 
     Raises:
         UsageError: none at all, or a file that cannot be read.
     """
-    from llmpipe_cli.worker.prompts import parse_prompts
+    from llmpipe_cli.worker.prompts import is_text, parse_prompts
 
     prompts, count = list(given), 0
     if file is not None and str(file) == "-":
@@ -200,6 +179,8 @@ def _find_prompts(given: list[str], file: Path | None) -> tuple[list[str], Path 
                 count = sum(1 for _ in parse_prompts(lines, file))
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"the prompts cannot be read: {error}", where=f"--prompts {file}") from error
+    if broken := next((prompt for prompt in prompts if not is_text(prompt)), None):
+        raise UsageError("the prompt is not Unicode text", where=repr(broken[:40]))
     if not prompts and not count:
         raise UsageError("there is nothing to go on from", hint='give --prompt "Once upon a time" or --prompts FILE')
     return prompts, file, len(prompts) + count

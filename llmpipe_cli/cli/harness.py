@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmpipe_cli.cli import console, jobs
+from llmpipe_cli.cli.dry_run import show
 from llmpipe_cli.cli.generate import tokenizer_source
 from llmpipe_cli.cli.served import ServedModel
 from llmpipe_cli.errors import UsageError
@@ -77,6 +78,9 @@ def evaluate_with_harness(
     )
     if plan.layout.data > 1 or plan.layout.tensor > 1:
         raise UsageError("--harness runs on pipeline stages alone", where="parallel", hint="set data and tensor to 1")
+    if options.dry_run:
+        show(jobs.dry_run(plan, output_dir, options), options.as_json)
+        return
     with ServedModel(plan, output_dir, options) as served:
         result = _run(served, plan, chosen, manager)
     write_json(served.run.evaluation, result)

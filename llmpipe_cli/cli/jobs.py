@@ -7,9 +7,7 @@ Everything up to the run directory can fail without leaving anything behind.
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmpipe_cli.cli import console
+from llmpipe_cli.cli.dry_run import describe, show
 from llmpipe_cli.cli.launchers import ClusterFlags, make_launcher
 from llmpipe_cli.cli.signals import StopSignals
 from llmpipe_cli.cluster.launchers.base import Job, Launcher, LaunchSpec
@@ -56,6 +55,14 @@ class LaunchOptions:
     def starter(self) -> Launcher:
         """The launcher: one for all that a command does, since it may hold connections."""
         return make_launcher(self.launcher, self.cluster)
+
+    def __enter__(self) -> LaunchOptions:
+        """Raises UsageError for a mistake in the launcher's flags, so that it is told before anything else is done."""
+        _ = self.starter
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.starter.close()
 
 
 @dataclass(frozen=True)
@@ -250,11 +257,11 @@ def run_plan(
     """
     from llmpipe_cli.report.tables import progress_of
 
+    if options.dry_run:
+        show(dry_run(plan, output_dir, options), options.as_json)
+        return None
     launcher = options.starter
     expected = _forecast(plan, options)
-    if options.dry_run:
-        _print_dry_run(plan, launcher, output_dir, options)
-        return None
     run = RunDirectory.create(output_dir, plan.name if plan.job == "train" else f"{plan.name}-{plan.job}")
     if loaded is not None:
         write_text(run.recipe, loaded.text)
@@ -279,6 +286,17 @@ def run_plan(
         outcome = watch(launcher.start(launch_spec(plan, run, options)), run, progress, signals, expected, limit)
     finished = conclude(run, outcome, progress)
     return finished if limit is None or signals.stop else replace(finished, ended_early=limit.reason)
+
+
+def dry_run(plan: Plan, output_dir: Path, options: LaunchOptions) -> dict[str, Any]:
+    """What `run_plan` would start; a plan that does not fit is refused as there.
+
+    Raises:
+        PreflightError: a stage needs more memory than a device has.
+    """
+    _forecast(plan, options)
+    run = RunDirectory((output_dir / f"{plan.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute())
+    return describe(plan, options.starter, launch_spec(plan, run, options))
 
 
 @dataclass
@@ -396,51 +414,6 @@ def _inputs(plan: Plan) -> tuple[Path, ...]:
     folders += [plan.adapter_weights, training.resume_from if training is not None else None]
     folders += [plan.options.get("tokenizer"), plan.options.get("prompts_file")]
     return tuple(Path(folder) for folder in dict.fromkeys(folders) if folder and Path(folder).exists())
-
-
-def _print_dry_run(plan: Plan, launcher: Launcher, output_dir: Path, options: LaunchOptions) -> None:
-    """What would be started: the layout, each node's command and environment, the DeepSpeed config."""
-    from llmpipe_cli.engine.config import deepspeed_config
-    from llmpipe_cli.report import formats
-
-    run = RunDirectory((output_dir / f"{plan.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute())
-    spec = launch_spec(plan, run, options)
-    commands, manifest = launcher.commands(spec), launcher.manifest(spec)
-    config = deepspeed_config(plan)
-    if options.as_json:
-        nodes = [
-            {
-                "host": command.host,
-                "argv": list(command.argv),
-                "environment": command.shown_environment(),
-                "via": list(command.via),
-            }
-            for command in commands
-        ]
-        layout = plan.layout.model_dump() | {
-            "partition": plan.partition,
-            "micro_batch_size": plan.micro_batch_size,
-            "num_micro_batches": plan.num_micro_batches,
-            "schedule": plan.schedule,
-            "virtual_stages": plan.virtual_stages,
-        }
-        document = {"dry_run": True, "layout": layout, "commands": nodes, "deepspeed_config": config}
-        console.print_json(document | ({"manifest": manifest} if manifest is not None else {}))
-        return
-    bounds = " | ".join(f"{start}-{stop - 1}" for start, stop in zip(plan.partition, plan.partition[1:], strict=False))
-    parts = f" in {plan.virtual_stages} parts a stage" if plan.virtual_stages > 1 else ""
-    lines = [
-        f"layout: {formats.layout(plan.layout.model_dump())}, segments {bounds}{parts}",
-        f"step: {plan.num_micro_batches} micro-batches of {plan.micro_batch_size} a replica, schedule {plan.schedule}",
-    ]
-    for command in commands:
-        lines += ["", f"on {command.host}:"]
-        lines += [f"  {key}={value}" for key, value in command.shown_environment().items()]
-        lines += ["  " + shlex.join(argv) for argv in (command.via, command.argv) if argv]
-    if manifest is not None:
-        lines += ["", "manifest:", json.dumps(manifest, indent=2)]
-    lines += ["", "DeepSpeed config:", json.dumps(config, indent=2)]
-    console.stdout().print("\n".join(lines), markup=False, soft_wrap=True)
 
 
 def _write_lock(run: RunDirectory, plan: Plan) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llmpipe_cli.cluster.launchers.base import Launcher
 
 NAMES = ("local", "ssh", "deepspeed", "mpi", "slurm", "kubernetes", "torchrun")
+_WITHOUT_HOSTFILE = ("local", "slurm", "kubernetes")
 # Keys of --launcher-option, by launcher, with the type of their values.
 _SSH_OPTIONS: dict[str, type] = {
     "connect-timeout": int,
@@ -87,11 +88,11 @@ def make_launcher(name: str | None, flags: ClusterFlags | None = None) -> Launch
     if name not in NAMES:
         raise UsageError(f"'{name}' is not a launcher", where="--launcher", hint=f"launchers are {', '.join(NAMES)}")
     options = _read_options(name, flags.options)
+    if name in _WITHOUT_HOSTFILE:
+        _refuse_nodes(name, flags)
     if name == "local":
         from llmpipe_cli.cluster.launchers.local import LocalLauncher
 
-        if flags.hostfile is not None:
-            raise UsageError("the local launcher has no nodes", where=f"--hostfile {flags.hostfile}")
         return LocalLauncher()
     if name == "slurm":
         return _slurm(options)
@@ -112,6 +113,14 @@ def make_launcher(name: str | None, flags: ClusterFlags | None = None) -> Launch
     from llmpipe_cli.cluster.launchers.ssh import SshLauncher
 
     return SshLauncher(hosts, ssh, port=port, say=_say)
+
+
+def _refuse_nodes(name: str, flags: ClusterFlags) -> None:
+    """Nodes that are named and would not be used are a mistake."""
+    for flag, value in (("hostfile", flags.hostfile), ("include", flags.include), ("exclude", flags.exclude)):
+        if value is not None:
+            hint = "add --hostfile FILE" if name == "local" and flag != "hostfile" else "leave it out"
+            raise UsageError(f"the {name} launcher reads no hostfile", where=f"--{flag} {value}", hint=hint)
 
 
 def _slurm(options: Mapping[str, Any]) -> Launcher:

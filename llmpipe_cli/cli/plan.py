@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmpipe_cli.cli import console, jobs
-from llmpipe_cli.cli.options import DevicesOption, HostfileOption, JsonOption, RecipeArgument, SetOption
+from llmpipe_cli.cli.options import DevicesOption, HostfileOption, JsonOption, RecipeArgument, SetOption, picture_file
 from llmpipe_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,7 +29,12 @@ CalibrateOption = Annotated[
 ]
 PngOption = Annotated[
     Path | None,
-    typer.Option("--png", metavar="FILE", help="Draw the schedule, or with --nodes the scaling curve, as PNG or SVG."),
+    typer.Option(
+        "--png",
+        metavar="FILE",
+        callback=picture_file,
+        help="Draw the schedule, or with --nodes the scaling curve, as PNG or SVG.",
+    ),
 ]
 
 

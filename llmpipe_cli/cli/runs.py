@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmpipe_cli.cli import console
-from llmpipe_cli.cli.options import JsonOption, OutputDirOption
+from llmpipe_cli.cli.options import JsonOption, OutputDirOption, output_file, picture_file
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.run import RunDirectory, list_runs, read_json, read_metrics
 
@@ -42,7 +42,9 @@ def ls(output_dir: OutputDirOption = Path("runs"), as_json: JsonOption = False) 
 @app.command("show")
 def show(
     run: RunArgument = "latest",
-    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Draw the view into an SVG file.")] = None,
+    svg: Annotated[
+        Path | None, typer.Option("--svg", metavar="FILE", callback=output_file, help="Draw the view into an SVG file.")
+    ] = None,
     width: Annotated[int, typer.Option("--width", metavar="N", min=60, help="Columns of the SVG.")] = 100,
     output_dir: OutputDirOption = Path("runs"),
     as_json: JsonOption = False,
@@ -83,11 +85,14 @@ def logs(
         raise UsageError("there is no log" + (f" of rank {rank}" if rank is not None else ""), where=run, hint=hint)
     followers = [_LogFile(file, f"{file.stem}: " if len(files) > 1 else "") for file in files]
     for follower in followers:
-        follower.print_new(lines)
-    while follow and found.status()["state"] == "running":
+        follower.print_new(lines, rest=not follow)
+    running = follow
+    while running:
         time.sleep(0.3)
+        # Asked before reading: what the ranks wrote before they ended is read after it.
+        running = found.status()["state"] == "running"
         for follower in followers:
-            follower.print_new(None)
+            follower.print_new(None, rest=not running)
 
 
 @app.command("cancel")
@@ -113,7 +118,10 @@ def report(
         list[str] | None, typer.Option("--compare", metavar="RUN2", help="Lay another run over it; repeatable.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="PNG", help="Where; by default loss.png in the run.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="PNG", callback=picture_file, help="Where; by default loss.png in the run."
+        ),
     ] = None,
     output_dir: OutputDirOption = Path("runs"),
     as_json: JsonOption = False,
@@ -150,10 +158,12 @@ def timeline(
         int | None, typer.Option("--step", metavar="N", help="A recorded step; the last by default.")
     ] = None,
     png: Annotated[
-        Path | None, typer.Option("--png", metavar="FILE", help="Draw it into a PNG (or .svg) file.")
+        Path | None,
+        typer.Option("--png", metavar="FILE", callback=picture_file, help="Draw it into a PNG (or .svg) file."),
     ] = None,
     trace: Annotated[
-        Path | None, typer.Option("--trace", metavar="FILE", help="Write a trace for ui.perfetto.dev.")
+        Path | None,
+        typer.Option("--trace", metavar="FILE", callback=output_file, help="Write a trace for ui.perfetto.dev."),
     ] = None,
     output_dir: OutputDirOption = Path("runs"),
     as_json: JsonOption = False,
@@ -190,11 +200,13 @@ class _LogFile:
     def __init__(self, path: Path, prefix: str) -> None:
         self._path, self._prefix, self._offset = path, prefix, 0
 
-    def print_new(self, last: int | None) -> None:
-        """Print the complete lines since the last call; at most the `last` ones."""
+    def print_new(self, last: int | None, *, rest: bool) -> None:
+        """Print the complete lines since the last call, at most the `last` ones; the `rest` is one without its end."""
         with self._path.open("rb") as file:
             file.seek(self._offset)
             data = file.read()
+        if not rest:
+            data = data[: data.rfind(b"\n") + 1]
         self._offset += len(data)
         found: list[Any] = data.decode("utf-8", errors="replace").splitlines()
         for line in found if last is None else found[len(found) - last :] if last < len(found) else found:

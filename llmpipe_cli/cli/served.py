@@ -41,11 +41,11 @@ class ServedModel:
     """
 
     def __init__(self, plan: Plan, output_dir: Path, options: jobs.LaunchOptions) -> None:
+        self._options = options
+        self.run = RunDirectory.create(output_dir, f"{plan.name}-{plan.job}")
         # A folder of its own with a short path: those of Unix sockets end at 107 bytes.
         self._folder = Path(tempfile.mkdtemp(prefix="llmpipe-"))
-        self._options = options
         self._plan = plan.model_copy(update={"options": {**plan.options, "socket": str(self._folder / "s")}})
-        self.run = RunDirectory.create(output_dir, f"{plan.name}-{plan.job}")
         self._plan.save(self.run.plan)
         self.run.write_controller()
         self.note: str | None = None

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,22 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmpipe_cli.cli import console, jobs
-from llmpipe_cli.cli.launchers import ClusterFlags
-from llmpipe_cli.cli.options import (
-    DEFAULT_GRACE_SECONDS,
-    DevicesOption,
-    DryRunOption,
-    EnvOption,
-    ExcludeOption,
-    GraceOption,
-    HostfileOption,
-    IncludeOption,
-    JsonOption,
-    LauncherOption,
-    LauncherOptionOption,
-    RecipeArgument,
-    SetOption,
-)
+from llmpipe_cli.cli.options import RecipeArgument, SetOption, launching
 from llmpipe_cli.cli.signals import StopRequested
 from llmpipe_cli.errors import EXIT_STOPPED, LlmpipeError, NodeError, NumericsError, RecipeError, UsageError
 
@@ -74,6 +58,7 @@ ResumeOption = Annotated[
 ]
 
 
+@launching()
 def sweep(
     recipe: RecipeArgument,
     grid: GridOption = None,
@@ -101,16 +86,8 @@ def sweep(
     ] = "best",
     resume: ResumeOption = None,
     set_: SetOption = None,
-    devices: DevicesOption = None,
-    hostfile: HostfileOption = None,
-    include: IncludeOption = None,
-    exclude: ExcludeOption = None,
-    launcher: LauncherOption = None,
-    launcher_option: LauncherOptionOption = None,
-    env: EnvOption = None,
-    grace_seconds: GraceOption = DEFAULT_GRACE_SECONDS,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
+    *,
+    options: jobs.LaunchOptions,
 ) -> None:
     """Search over fields of a recipe: grid, random or Bayesian; bad trials are ended early.
 
@@ -122,8 +99,6 @@ def sweep(
         raise UsageError("--goal is minimize or maximize", where=f"--goal {goal}")
     if keep not in ("best", "all"):
         raise UsageError("--keep is best or all", where=f"--keep {keep}")
-    environment, cluster = jobs.read_environment(env), ClusterFlags(hostfile, include, exclude, launcher_option or ())
-    options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, environment, grace_seconds, cluster)
     parameters = parse_parameters(grid or (), uniform or (), log or ())
     request = Request(
         recipe, set_ or [], parameters, search, trials, metric, goal, seed, prune, startup_trials, warmup_steps, keep
@@ -182,7 +157,6 @@ def run_sweep(request: Request, resume: str | None, options: jobs.LaunchOptions)
     from llmpipe_cli.sweep.journal import SweepDirectory
     from llmpipe_cli.sweep.search import make_search
 
-    launcher = options.starter
     base = jobs.load(request.recipe, request.overrides, "train")
     search = make_search(request.search, request.parameters, request.num_trials, request.seed, request.lower_is_better)
     _check(request, search)
@@ -198,7 +172,7 @@ def run_sweep(request: Request, resume: str | None, options: jobs.LaunchOptions)
     else:
         _check_same(directory, definition)
     console.say(f"sweep      {directory.path}")
-    with directory.locked(), closing(launcher):
+    with directory.locked():
         exit_code = _Sweep(request, search, directory, options).run()
     _summarise(request, directory, exit_code, options)
     return exit_code

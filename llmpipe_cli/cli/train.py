@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 import json
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmpipe_cli.cli import console, jobs
-from llmpipe_cli.cli.launchers import ClusterFlags
-from llmpipe_cli.cli.options import (
-    DEFAULT_GRACE_SECONDS,
-    DetachOption,
-    DevicesOption,
-    DryRunOption,
-    EnvOption,
-    ExcludeOption,
-    GraceOption,
-    HostfileOption,
-    IncludeOption,
-    JsonOption,
-    LauncherOption,
-    LauncherOptionOption,
-    RecipeArgument,
-    SetOption,
-)
+from llmpipe_cli.cli.options import RecipeArgument, SetOption, launching
 from llmpipe_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 
 if TYPE_CHECKING:
@@ -58,69 +41,48 @@ FromOption = Annotated[
 ]
 
 
+@launching(without=())
 def train(
     recipe: RecipeArgument,
     set_: SetOption = None,
     resume: ResumeOption = None,
     stop_at: StopAtOption = None,
-    devices: DevicesOption = None,
-    hostfile: HostfileOption = None,
-    include: IncludeOption = None,
-    exclude: ExcludeOption = None,
-    launcher: LauncherOption = None,
-    launcher_option: LauncherOptionOption = None,
-    detach: DetachOption = False,
-    env: EnvOption = None,
-    grace_seconds: GraceOption = DEFAULT_GRACE_SECONDS,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
+    *,
+    options: jobs.LaunchOptions,
 ) -> None:
     """Train a model as its recipe says: from scratch, or on from a checkpoint.
 
     Ctrl-C once saves and stops (exit code 75, go on with --resume auto); twice stops at once.
     """
-    environment, cluster = (
-        jobs.read_environment(env),
-        ClusterFlags(hostfile, include, exclude, launcher_option or (), detach),
-    )
-    options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, environment, grace_seconds, cluster)
     _train(jobs.load(recipe, set_ or [], "train"), resume, stop_at, options)
 
 
+@launching(without=())
 def finetune(
     recipe: RecipeArgument,
     from_: FromOption,
     set_: SetOption = None,
     resume: ResumeOption = None,
     stop_at: StopAtOption = None,
-    devices: DevicesOption = None,
-    hostfile: HostfileOption = None,
-    include: IncludeOption = None,
-    exclude: ExcludeOption = None,
-    launcher: LauncherOption = None,
-    launcher_option: LauncherOptionOption = None,
-    detach: DetachOption = False,
-    env: EnvOption = None,
-    grace_seconds: GraceOption = DEFAULT_GRACE_SECONDS,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
+    *,
+    options: jobs.LaunchOptions,
 ) -> None:
-    """Train on from a pretrained model: all its weights, with its own tokenizer."""
+    """Train on from a pretrained model, with its own tokenizer: all its weights, or LoRA adapters (`lora: {r: 8}`)."""
     from llmpipe_cli.cli.models import find_model
+    from llmpipe_cli.recipe.load import load_recipe
 
-    environment, cluster = (
-        jobs.read_environment(env),
-        ClusterFlags(hostfile, include, exclude, launcher_option or (), detach),
-    )
-    options = jobs.LaunchOptions(devices, launcher, dry_run, as_json, environment, grace_seconds, cluster)
-    model = find_model(from_, Path("runs"))
-    # What is given with --from replaces the recipe's own model and tokenizer; --set comes last and still wins.
-    overrides = ["model.config=null", f"model.from={json.dumps(str(model))}", "tokenizer=null", *(set_ or [])]
-    _train(jobs.load(recipe, overrides, "train"), resume, stop_at, options)
+    # A run's name is looked for where the recipe keeps its runs.
+    asked = load_recipe(recipe, _starting_from(from_, set_ or []), job="train").recipe
+    model = find_model(from_, Path(asked.output_dir))
+    _train(jobs.load(recipe, _starting_from(str(model), set_ or []), "train"), resume, stop_at, options)
+
+
+def _starting_from(model: str, overrides: list[str]) -> list[str]:
+    """Overrides that put a model and its tokenizer in the place of the recipe's; --set comes last and still wins."""
+    return ["model.config=null", f"model.from={json.dumps(model)}", "tokenizer=null", *overrides]
 
 
 def _train(loaded: LoadedRecipe, resume: str | None, stop_at: int | None, options: jobs.LaunchOptions) -> None:
-    launcher = options.starter  # a mistake in its flags is told before anything else is done
     output_dir = Path(loaded.recipe.output_dir)
     checkpoint = None
     if resume is not None:
@@ -128,15 +90,14 @@ def _train(loaded: LoadedRecipe, resume: str | None, stop_at: int | None, option
 
         checkpoint = find_resume(resume, loaded.recipe.name, output_dir)
         console.say(f"goes on from {checkpoint}" if checkpoint else "no checkpoint yet: starts at step 0")
-    with closing(launcher):
-        devices = jobs.devices_for(options)
-        data = jobs.prepare(loaded, checkpoint)
-        if checkpoint is not None:
-            jobs.warn_of_other_data(data, checkpoint)
-        plan = jobs.plan_job(loaded.recipe, data, devices, job="train", loaded=loaded, checkpoint=checkpoint)
-        if stop_at is not None:
-            plan = plan.stopping_at(stop_at)
-        finished = jobs.run_plan(plan, loaded, output_dir, options)
+    devices = jobs.devices_for(options)
+    data = jobs.prepare(loaded, checkpoint)
+    if checkpoint is not None:
+        jobs.warn_of_other_data(data, checkpoint)
+    plan = jobs.plan_job(loaded.recipe, data, devices, job="train", loaded=loaded, checkpoint=checkpoint)
+    if stop_at is not None:
+        plan = plan.stopping_at(stop_at)
+    finished = jobs.run_plan(plan, loaded, output_dir, options)
     if finished is not None:
         _summarise(finished, options)
         raise typer.Exit(finished.exit_code)

@@ -42,17 +42,30 @@ def parse_prompts(lines: Iterable[str], file: Path) -> Iterator[str]:
             prompt = json.loads(text)["prompt"]
         except (ValueError, KeyError, TypeError):
             prompt = None
-        if not isinstance(prompt, str):
-            raise UsageError('not a JSON object with "prompt"', where=f"{file}:{number}", hint='{"prompt": "..."}')
+        if not isinstance(prompt, str) or not is_text(prompt):
+            raise UsageError(
+                'not a JSON object with a text as "prompt"', where=f"{file}:{number}", hint='{"prompt": "..."}'
+            )
         yield prompt
+
+
+def is_text(prompt: str) -> bool:
+    """Whether a string is Unicode text: broken bytes of a command line and "\\ud800" in JSON give lone surrogates."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def encode_prompt(prompt: str, index: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a prompt; an empty one begins with the tokenizer's first token.
 
     Raises:
-        UsageError: it is empty and the tokenizer has no token to begin with.
+        UsageError: it is not Unicode text, or it is empty and the tokenizer has no token to begin with.
     """
+    if not is_text(prompt):
+        raise UsageError(f"prompt {index} is not Unicode text", where=repr(prompt[:40]))
     tokens = list(tokenizer(prompt)["input_ids"])
     if tokens:
         return tokens
@@ -127,8 +140,8 @@ class PromptReader:
             self._put(None)
         except LlmpipeError as error:
             self._put(error)
-        except OSError as error:
-            self._put(UsageError(f"the prompts cannot be read: {error}"))
+        except Exception as error:  # whatever it is: the stages wait for this thread
+            self._put(UsageError(f"the prompts cannot be read: {type(error).__name__}: {error}"))
 
     def _put(self, item: Batch | LlmpipeError | None) -> None:
         while not self._over.is_set():
@@ -162,7 +175,7 @@ class ResultWriter:
     def __init__(self, path: Path | None, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
         self._path, self._tokenizer, self._stop = path, tokenizer, stop
         self._results: queue.Queue[list[tuple[int, str, list[int]]] | None] = queue.Queue(_QUEUE_LEN)
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._write, name="results", daemon=True)
 
     def __enter__(self) -> ResultWriter:
@@ -171,7 +184,7 @@ class ResultWriter:
         return self
 
     def __exit__(self, *details: object) -> None:
-        if self._thread.is_alive():
+        if self._path is not None:
             self._results.put(None)
             self._thread.join()
         if self._error is not None:
@@ -196,7 +209,7 @@ class ResultWriter:
                     file.flush()
                 for index in sorted(waiting):  # stopped before all prompts in between were done
                     file.write(json.dumps(waiting[index], ensure_ascii=False) + "\n")
-        except OSError as error:
+        except Exception as error:  # raised when the results are closed; `add` must not wait for ever before
             self._error = error
             while self._results.get() is not None:
                 pass
