@@ -1,6 +1,6 @@
 """Pretraining beside an n-gram: is what a small Llama learns at two stages more than the statistics of five bytes?
 
-    python benchmarks/pretraining.py TRAIN.jsonl VALIDATION.jsonl [--steps 300] [--order 5]
+    python benchmarks/pretraining.py TRAIN.jsonl VALIDATION.jsonl [--steps 3000] [--order 5]
 
 Both files hold `{"text": ...}` a line. The Llama starts from random weights with a tokenizer trained on the same file,
 and is measured by `llmpipe evaluate` (bits per byte of the validation texts). The n-gram is an interpolated modified
@@ -37,7 +37,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder or Path(scratch)
         recipe = write_recipe(folder, _recipe(arguments))
-        trained = llmpipe("train", recipe, "--devices", "2", folder=folder)
+        trained = llmpipe("train", recipe, "--devices", "2", "--resume", "auto", folder=folder)
         metrics = llmpipe("evaluate", recipe, "--checkpoint", trained["checkpoint"], folder=folder)["metrics"]
     figures = {"llmpipe": metrics["bits_per_byte"], f"kneser-ney-{arguments.order}": n_gram}
     print(json.dumps({"bits_per_byte": figures, "steps": trained["step"], **metrics}))
@@ -48,9 +48,11 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("train", type=lambda name: Path(name).resolve(), help="JSON Lines with `text`")
     parser.add_argument("validation", type=lambda name: Path(name).resolve(), help="the same, never trained on")
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of 16 samples of 256 tokens")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of 4 samples of 128 tokens")
     parser.add_argument("--order", type=int, default=5, help="of the n-gram, in bytes")
-    parser.add_argument("--folder", type=lambda name: Path(name).resolve(), help="keep recipe and runs here")
+    parser.add_argument(
+        "--folder", type=lambda name: Path(name).resolve(), help="keep recipe and runs here, and go on with them"
+    )
     return parser.parse_args()
 
 
@@ -61,33 +63,34 @@ def _recipe(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": {
             "config": {
                 "model_type": "llama",
-                "hidden_size": 192,
-                "intermediate_size": 512,
+                "hidden_size": 128,
+                "intermediate_size": 352,
                 "num_hidden_layers": 4,
-                "num_attention_heads": 6,
+                "num_attention_heads": 4,
                 "num_key_value_heads": 2,
-                "max_position_embeddings": 256,
+                "max_position_embeddings": 128,
                 "tie_word_embeddings": False,
             }
         },
-        "tokenizer": {"train": {"vocab_size": 2048}},
+        "tokenizer": {"train": {"vocab_size": 4096}},
         "data": {
             "train": {"files": str(arguments.train)},
             "validation": {"files": str(arguments.validation)},
-            "sequence_len": 256,
+            "sequence_len": 128,
         },
         "train": {
             "max_steps": arguments.steps,
-            "global_batch_size": 16,
-            "learning_rate": 5e-3,
-            "adam_beta2": 0.95,
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "learning_rate": 2e-3,
+            "adam_beta2": 0.98,
             "weight_decay": 0.1,
             "lr_scheduler_type": "cosine",
             "warmup_ratio": 0.06,
             "min_lr_ratio": 0.1,
         },
         "parallel": {"pipeline": 2},
-        "checkpoint": {"every_steps": 100, "keep": 1},
+        "checkpoint": {"every_steps": 500, "keep": 1},
     }
 
 

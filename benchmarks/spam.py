@@ -105,7 +105,7 @@ def _pipelined(start: Path, arguments: argparse.Namespace, seed: int, folder: Pa
         "parallel": {"pipeline": 2},
         "checkpoint": {"keep": 1},
     }
-    trained = llmpipe("train", write_recipe(folder, recipe), "--devices", "2", folder=folder)
+    trained = llmpipe("train", write_recipe(folder, recipe), "--devices", "2", "--resume", "auto", folder=folder)
     return trained["validation"]["accuracy"], folder / trained["checkpoint"]
 
 
