@@ -43,6 +43,10 @@ def test_rows_of_real_runs(tmp_path: Path) -> None:
             contenders.append(Contender(str(parallel), plan.layout.model_dump(), plan.schedule, [run]))
             assert len(steps(run)) == 3
             assert not list(run.checkpoints.iterdir()), "a bench saves nothing"
+        stopped = job.start(plan)
+        stopped.request_stop()
+        assert pool.run(stopped, 2) == [75, 75]
+        assert len(steps(stopped)) == 1
     one, two = bench_rows(contenders, baseline=0, warmup=1)
     seconds = sorted(line["step_seconds"] for line in steps(contenders[1].runs[0])[1:])
     assert two["step_seconds"] == pytest.approx(sum(seconds) / 2)

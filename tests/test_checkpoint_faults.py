@@ -111,6 +111,16 @@ def test_weights_without_training_state_cannot_be_resumed(tmp_path: Path) -> Non
     assert "finetune" in (caught.value.hint or "")
 
 
+def test_a_link_that_cannot_be_moved_ends_with_6_on_all_ranks(job: Job, pool: RankPool) -> None:
+    source = {"train": {"files": f"{STDLIB}/json/*.py"}, "validation": {"fraction": 0.5}, "sequence_len": 32}
+    best = Job(job.folder, {**job.values, "data": source, "evaluation": {"every_steps": 2}})
+    run = best.start(best.plan(checkpoint={"every_steps": 2, "keep_best": "loss"}))
+    (run.checkpoints / ".best.partial").mkdir()
+    assert pool.run(run, 2) == [6, 6]
+    assert "rank 0 could not write the checkpoint" in read_json(run.rank_error(1))["message"]
+    verify(run.checkpoint(2))
+
+
 def test_a_directory_that_cannot_be_written_ends_with_6_on_all_ranks(job: Job, pool: RankPool) -> None:
     run = job.start(job.plan())
     run.checkpoints.rmdir()

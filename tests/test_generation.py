@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from llmpipe_cli.cli.generate import minimal_recipe
+from llmpipe_cli.plan.plan import Plan
 from llmpipe_cli.plan.resolve import make_plan
 from llmpipe_cli.run import RunDirectory, read_metrics
 from llmpipe_cli.worker.sampling import Picker, Sampling
@@ -187,6 +188,12 @@ def test_repetition_penalty_and_stop(folder: Path, pool: RankPool) -> None:
     stop = penalised[0][4:6]
     run = _run(folder, pool, model, 2, sampling={"repetition_penalty": 1.8}, stop=[stop])
     assert _texts(run) == [text.split(stop)[0] for text in penalised]
+    plan = Plan.load(run.plan)
+    asked = RunDirectory.create(folder / "runs", plan.name)
+    plan.save(asked.plan)
+    asked.request_stop()
+    assert pool.run(asked, 2) == [75, 75]
+    assert len(_texts(asked)[0]) < len(_texts(run)[0])
 
 
 def test_sampling_depends_on_the_seed_and_neither_on_layout_nor_batch(folder: Path, pool: RankPool) -> None:

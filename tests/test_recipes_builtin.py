@@ -102,6 +102,9 @@ def test_schema_describes_every_field(tmp_path: Path) -> None:
     assert schema["properties"]["extends"]["type"] == "string"
     assert "from" in schema["$defs"]["ModelSection"]["properties"]
     assert schema["$defs"]["TrainSection"]["properties"]["max_steps"]["description"].startswith("Optimizer steps")
+    sections = {"Recipe": schema, **schema["$defs"]}
+    fields = [(name, field, about) for name, one in sections.items() for field, about in one["properties"].items()]
+    assert [(name, field) for name, field, about in fields if not about.get("description")] == []
     assert schema["additionalProperties"] is False
 
 

@@ -15,6 +15,7 @@ from rank_pool import RankPool
 from transformers import AutoModelForCausalLM
 
 from llmpipe_cli.engine.manifest import verify
+from llmpipe_cli.engine.state import scalar_state
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.run import RunDirectory, read_metrics
 
@@ -26,6 +27,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "2x2": {"pipeline": 2, "data": 2, "zero_stage": 0},
     "2x2-zero1": {"pipeline": 2, "data": 2, "zero_stage": 1},
 }
+
+
+def test_scalar_state_lies_where_the_optimizer_reads_it() -> None:
+    parameter = torch.nn.Parameter(torch.empty(2, device="meta"))  # stands for an accelerator
+    fused, plain = (scalar_state({"fused": fused}, parameter, {"step": 3.0})["step"] for fused in (True, None))
+    assert fused.device.type == "meta"
+    assert (plain.device.type, float(plain)) == ("cpu", 3.0)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from llmpipe_cli.cli.options import (
     launching,
     output_file,
 )
-from llmpipe_cli.errors import RankError, UsageError
+from llmpipe_cli.errors import EXIT_STOPPED, RankError, UsageError
 from llmpipe_cli.run import RunDirectory, read_json
 
 PromptOption = Annotated[
@@ -106,7 +106,9 @@ def generate(
     )
     finished = jobs.run_plan(plan, None, output_dir, options)
     if finished is not None:
-        if finished.exit_code == 0:
+        if finished.exit_code == EXIT_STOPPED:
+            console.say("stopped on request: what was generated until then", "yellow")
+        if finished.exit_code in (0, EXIT_STOPPED):
             _finish(finished.run, output, options.as_json)
         raise typer.Exit(finished.exit_code)
 

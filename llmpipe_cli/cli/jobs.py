@@ -218,12 +218,15 @@ def plan_job(
 
 @contextmanager
 def places(loaded: LoadedRecipe | None) -> Iterator[None]:
-    """Errors that name a field of the recipe (``train.max_steps``) leave with its place (``recipe.yaml:12:3``)."""
+    """Errors that name a field of the recipe (``train.max_steps``) leave with its place (``recipe.yaml:12:3``).
+
+    Without a recipe of the user's the fields are those of one made from flags: no place that he could look at.
+    """
     try:
         yield
     except LlmpipeError as error:
-        if loaded is not None and error.where is not None and _is_field(error.where):
-            error.where = f"{loaded.where(error.where)} ({error.where})"
+        if error.where is not None and _is_field(error.where):
+            error.where = f"{loaded.where(error.where)} ({error.where})" if loaded is not None else None
         raise
 
 

@@ -91,6 +91,7 @@ def write_checkpoint(
     state: dict[str, Any],
     write_assets: Callable[[Path], None],
     group: dist.ProcessGroup | None = None,
+    tidy: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write one checkpoint; called by all ranks.
 
@@ -101,6 +102,7 @@ def write_checkpoint(
         state: position and settings for ``training/state.json``; used on rank 0.
         write_assets: rank 0: writes config and tokenizer files into the given directory.
         group: a group of all ranks instead of the default one.
+        tidy: rank 0: called with the finished checkpoint, to move links and remove old ones.
 
     Returns:
         The finished checkpoint.
@@ -174,10 +176,13 @@ def write_checkpoint(
         manifest.sync_file(partial)
         replaced = final.with_name(final.name + ".replaced" + manifest.PARTIAL)
         if final.exists():  # a resumed run came past the same step again
+            shutil.rmtree(replaced, ignore_errors=True)  # of a save that was killed here
             final.rename(replaced)
         partial.rename(final)
         manifest.point(directory / "latest", final.name)
         shutil.rmtree(replaced, ignore_errors=True)
+        if tidy is not None:
+            tidy(final)
 
     try:
         _together(finish if is_first else None, final, group)

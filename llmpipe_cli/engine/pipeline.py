@@ -237,10 +237,11 @@ def _add_placeholders(module: StageModule) -> list[torch.nn.Parameter]:
     same groups of parameters: the norm of each group is summed over them. Ties that other stages count do not help.
     """
     added = []
+    device = next((parameter.device for parameter in module.parameters()), None)
     for name, shape in (("placeholder_matrix", (1, 1)), ("placeholder_vector", (1,))):
         own = [p for p in module.parameters() if p.requires_grad and not p.ds_pipe_replicated]
         if not any((parameter.dim() >= 2) == (len(shape) == 2) for parameter in own):
-            parameter = torch.nn.Parameter(torch.zeros(shape, dtype=module.skeleton.dtype))
+            parameter = torch.nn.Parameter(torch.zeros(shape, dtype=module.skeleton.dtype, device=device))
             parameter.ds_pipe_replicated = False  # type: ignore[attr-defined]
             module.register_parameter(name, parameter)
             added.append(parameter)

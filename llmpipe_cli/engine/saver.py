@@ -78,7 +78,7 @@ class Saver:
         Args:
             engine, directory, step, state, write_assets, max_shard_size: see `engine.checkpoint`; `state` and
                 `write_assets` must not look at what training changes.
-            finish: called with the whole checkpoint, in the thread.
+            finish: rank 0: called with the whole checkpoint, in the thread.
         """
         assert self._thread is None, "the last checkpoint is still being written"
         started = time.perf_counter()
@@ -88,8 +88,7 @@ class Saver:
         def write() -> None:
             try:
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-                path = write_checkpoint(snapshot, directory, step, state, write_assets, self._group)
-                finish(path)
+                path = write_checkpoint(snapshot, directory, step, state, write_assets, self._group, finish)
                 self._saved = Saved(step, path, time.perf_counter() - started, stall_seconds)
             except Exception as error:
                 self._problem = error

@@ -99,6 +99,18 @@ def scalars(engine: Engine) -> dict[str, float]:
     return {}
 
 
+def scalar_state(group: dict[str, Any], parameter: torch.Tensor, shared: dict[str, float]) -> dict[str, torch.Tensor]:
+    """Scalar state as torch's optimizers keep it: fused kernels read it on the parameter's device, others on the host.
+
+    Args:
+        group: the optimizer's parameter group.
+        parameter: whose state it is.
+        shared: what `scalars` gave.
+    """
+    device = parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+    return {key: torch.tensor(value, dtype=torch.float32, device=device) for key, value in shared.items()}
+
+
 def restore(engine: Engine, keys: dict[str, set[str]], shared: dict[str, float], read: ReadSlice) -> None:
     """Fill this rank's optimizer with saved state.
 
@@ -118,7 +130,7 @@ def restore(engine: Engine, keys: dict[str, set[str]], shared: dict[str, float],
     state = engine.basic_optimizer.state
     for name, parameter in _named_parameters(engine):
         part = getattr(parameter, PART, None)
-        entry = {key: torch.tensor(value, dtype=torch.float32) for key, value in shared.items()}
+        entry = scalar_state(engine.basic_optimizer.param_groups[0], parameter, shared)
         for key in _saved_keys(keys, name, with_shared=bool(shared)) - {MASTER}:
             value = read(name, key, 0, -1, part)
             entry[key] = value.view(parameter.shape) if value.numel() == parameter.numel() else value
@@ -135,7 +147,7 @@ def _restore_partitions(engine: Engine, keys: dict[str, set[str]], shared: dict[
     for group in optimizer.param_groups:
         partition = group["params"][0]
         # A fresh ZeRO optimizer may already have stepped once over zeros to allocate its state.
-        state[partition] = {key: torch.tensor(value, dtype=torch.float32) for key, value in shared.items()}
+        state[partition] = scalar_state(group, partition, shared)
         # Zeros where nothing was saved: a partition may hold padding or a placeholder alone.
         state[partition].update({key: torch.zeros_like(partition, requires_grad=False) for key in element_keys})
     for name, parameter in _named_parameters(engine):

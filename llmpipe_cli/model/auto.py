@@ -132,7 +132,7 @@ def _pretrained_config(section: ModelSection) -> PreTrainedConfig:
         raise UsageError(
             f"the config of {section.from_} cannot be read: {reason}",
             where="model.from",
-            hint="model.from is a folder with config.json, or a hub id such as openai-community/gpt2",
+            hint="name a folder with config.json, a run, or a hub id such as openai-community/gpt2",
         ) from error
 
 

@@ -210,14 +210,21 @@ class TrainSection(Section):
     gradient_accumulation_steps: PositiveInt | None = None
     """Micro-batches a step and replica; follows from the batch sizes and the layout, and is checked when given."""
     optimizer: Literal["adamw", "sgd", "adafactor", "lion"] = "adamw"
+    """What turns gradients into changes of the weights."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
+    """The highest, which warm-up leads to."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Of matrices and embeddings; biases and norms do not decay."""
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """AdamW and Lion: decay of the mean of the gradients."""
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    """AdamW: decay of the mean of their squares; Lion: its second decay."""
     adam_epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
+    """AdamW: added to the denominator."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Momentum of SGD."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "inverse_sqrt", "wsd"] = "cosine"
+    """How the learning rate goes on after the warm-up; wsd stays and falls at the end (`decay_ratio`)."""
     warmup_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Share of all steps over which the learning rate rises from zero."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
@@ -229,6 +236,7 @@ class TrainSection(Section):
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     """Gradients are scaled down to this norm; 0 turns clipping off."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of each target's probability that is spread evenly over all classes."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     """Decides weights from scratch, sample order and dropout."""
     freeze: list[str] = Field(default_factory=list)
@@ -237,6 +245,7 @@ class TrainSection(Section):
     trainable: list[str] = Field(default_factory=list)
     """Train these parameters only, written as in `freeze`, which takes away from them."""
     early_stopping: EarlyStopping | None = None
+    """End when a validation metric no longer improves."""
     hang_timeout_seconds: Annotated[float, Field(ge=3.0)] | None = 600.0
     """How long one piece of a step may take, and a rank may be silent, before the job ends and names it; null: for
     ever."""
@@ -314,15 +323,21 @@ class Recipe(Section):
     task: TaskName = "causal-lm"
     """What is learned."""
     model: ModelSection
+    """The network: its config, or where its weights are."""
     tokenizer: str | TrainedTokenizer | None = None
     """Hub id or directory, or `{train: {vocab_size: 8000}}`; unset takes the one beside `model.from`."""
     data: DataSection = Field(default_factory=DataSection)
+    """What is read, and how it becomes samples."""
     train: TrainSection = Field(default_factory=TrainSection)
+    """Length, batch, optimizer and learning rate."""
     lora: LoraSection | None = None
     """Train small adapters beside the frozen weights of `model.from`; `lora: {}` takes the defaults."""
     parallel: ParallelSection = Field(default_factory=ParallelSection)
+    """How the model is divided over devices."""
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    """When the training is saved, and what is kept."""
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    """When and how validation data is measured."""
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     """Where metrics go besides metrics.jsonl."""
     output_dir: str = "runs"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llmpipe_cli.errors import EXIT_STOPPED
 from llmpipe_cli.worker.process import Context
 from llmpipe_cli.worker.training import Trainer
 
@@ -23,5 +24,5 @@ def bench(context: Context) -> int:
     while trainer.position.step < plan.training.max_steps and not stopped:
         stopped = trainer.step()
     trainer.write_timeline()
-    trainer.metrics.event("end", step=trainer.position.step, state="done")
-    return 0
+    trainer.metrics.event("end", step=trainer.position.step, state="stopped" if stopped else "done")
+    return EXIT_STOPPED if stopped else 0

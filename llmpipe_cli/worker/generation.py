@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from llmpipe_cli.engine.decoding import PipelineDecoder
 from llmpipe_cli.engine.executor import StageExecutor
-from llmpipe_cli.errors import UsageError
+from llmpipe_cli.errors import EXIT_STOPPED, UsageError
 from llmpipe_cli.worker.process import Context, load_stage
 from llmpipe_cli.worker.prompts import PromptReader, ResultWriter
 from llmpipe_cli.worker.sampling import GenerationSettings, Picker, Sampling
@@ -279,5 +279,6 @@ def generate(context: Context) -> int:
     with writer, reader:
         generator.run(reader.batches(), settings, finish, tokenizer=tokenizer)
     computed = generator.decoder.num_computed_tokens
-    metrics.event("end", step=done, state="done", num_computed_tokens=computed)
-    return 0
+    stopped = generator.decoder.stopping  # then the texts of the batches in flight are not whole
+    metrics.event("end", step=done, state="stopped" if stopped else "done", num_computed_tokens=computed)
+    return EXIT_STOPPED if stopped else 0

@@ -334,10 +334,9 @@ class Trainer:
         }
 
         def finish(path: Path) -> None:
-            if self.context.is_first:
-                if best:
-                    point(directory / "best", path.name)
-                remove_old(directory, self.recipe.checkpoint.keep)
+            if best:
+                point(directory / "best", path.name)
+            remove_old(directory, self.recipe.checkpoint.keep)
 
         self.saver.start(
             self.engine,
