@@ -1,7 +1,7 @@
 """The `llmpipe` command: every subcommand, and how errors end.
 
-Modules of commands import only typer and the standard library at their top; what they need to work is imported when
-they are called, so that ``--help`` answers at once.
+Modules of commands import nothing heavy at their top; what they need to work is imported when they are called, so that
+``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", metavar="", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     pass

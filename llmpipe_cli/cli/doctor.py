@@ -39,7 +39,9 @@ def doctor(
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     launcher_option: LauncherOptionOption = None,
-    network: Annotated[bool, typer.Option(help="Also measure the links between ranks; takes some seconds.")] = True,
+    network: Annotated[
+        bool, typer.Option(metavar="", help="Also measure the links between ranks; takes some seconds.")
+    ] = True,
     output_dir: OutputDirOption = Path("runs"),
     as_json: JsonOption = False,
 ) -> None:

@@ -57,7 +57,7 @@ def generate(
     seed: DrawSeedOption = 1234,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts that are computed together.")] = 8,
     cache: Annotated[
-        bool, typer.Option("--cache/--no-cache", help="Keep keys and values of the past on each stage.")
+        bool, typer.Option("--cache/--no-cache", metavar="", help="Keep keys and values of the past on each stage.")
     ] = True,
     output: Annotated[
         Path | None,

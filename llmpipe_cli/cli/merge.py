@@ -23,7 +23,7 @@ def merge(
     checkpoint: CheckpointArgument,
     out: OutArgument,
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read the base model from pytorch_model.bin too.")
+        bool, typer.Option("--allow-pickle", metavar="", help="Read the base model from pytorch_model.bin too.")
     ] = False,
     output_dir: OutputDirOption = Path("runs"),
     as_json: JsonOption = False,

@@ -57,9 +57,9 @@ ModelArgument = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe: train.learning_rate=3e-4."),
+    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe: train.max_steps=100."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON document on stdout.")]
 OutputDirOption = Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Folder of the run directories.")]
 
 # ------------------------------------------------------------------------------------------------- where ranks run
@@ -91,7 +91,7 @@ LauncherOptionOption = Annotated[
     ),
 ]
 DetachOption = Annotated[
-    bool, typer.Option("--detach", help="Return as soon as the job is handed over; see `llmpipe runs`.")
+    bool, typer.Option("--detach", metavar="", help="Return as soon as the job is handed over; see `llmpipe runs`.")
 ]
 EnvOption = Annotated[
     list[str] | None,
@@ -102,7 +102,10 @@ GraceOption = Annotated[
     typer.Option("--grace-seconds", metavar="S", min=0.0, help="Time to save after a request to stop; then killed."),
 ]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Print the command, its environment and the DeepSpeed config; start nothing.")
+    bool,
+    typer.Option(
+        "--dry-run", metavar="", help="Print the command, its environment and the DeepSpeed config; start nothing."
+    ),
 ]
 
 

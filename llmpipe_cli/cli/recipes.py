@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmpipe_cli.cli import console
+from llmpipe_cli.cli.options import JsonOption, SetOption
 from llmpipe_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ app = typer.Typer(no_args_is_help=True)
 NameArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="Name of a ready recipe, or a file.", show_default=False)
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
 @app.command("ls")
@@ -86,15 +86,13 @@ def show(name: NameArgument) -> None:
 @app.command("validate")
 def validate(
     name: NameArgument,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field: train.max_steps=100.")
-    ] = None,
+    set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check a recipe without starting or downloading anything; ends with 2 and every mistake if there is one."""
     from llmpipe_cli.recipe.load import load_recipe
 
-    loaded = load_recipe(name, overrides or [])
+    loaded = load_recipe(name, set_ or [])
     if as_json:
         notices = [
             {"message": notice.message, "where": notice.where, "hint": notice.hint} for notice in loaded.warnings

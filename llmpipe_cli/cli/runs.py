@@ -73,7 +73,7 @@ def logs(
     run: RunArgument = "latest",
     rank: Annotated[int | None, typer.Option("--rank", metavar="N", help="Only this rank.")] = None,
     lines: Annotated[int | None, typer.Option("--lines", "-n", metavar="N", min=0, help="Only the last N.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", metavar="", help="Go on until the run ends.")] = False,
     output_dir: OutputDirOption = Path("runs"),
 ) -> None:
     """Print what the ranks wrote; with several, each line names its rank."""

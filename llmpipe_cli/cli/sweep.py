@@ -74,7 +74,9 @@ def sweep(
         typer.Option("--goal", metavar="minimize|maximize", help="By default losses and perplexities are minimized."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Decides which values are drawn.")] = 0,
-    prune: Annotated[bool, typer.Option("--prune/--no-prune", help="End trials below the median early.")] = True,
+    prune: Annotated[
+        bool, typer.Option("--prune/--no-prune", metavar="", help="End trials below the median early.")
+    ] = True,
     startup_trials: Annotated[
         int, typer.Option("--startup-trials", metavar="N", min=1, help="Whole trials before any is pruned.")
     ] = 4,
