@@ -1,22 +1,24 @@
-"""Two stages over a slow link: what schedules and bf16 on the wire gain. Needs root and Linux (ip, tc).
+"""Two stages over a slow link: what schedules, bf16 on the wire and merged messages gain. Needs root, Linux, ip and tc.
 
     sudo python benchmarks/slow_link.py --rate 50mbit --output docs/slow-link.md
 
 Each stage runs in a network namespace of its own; the two are joined by a pair of virtual links whose rate `tc` limits
 in both directions. The variants run in turn, so that a busy machine hits all alike; the reported speed is the median of
-the measured steps of all rounds.
+the measured steps of all rounds. Groups of tensors are also sent alone, each tensor as a message or all as one.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,21 +31,28 @@ from llmpipe_cli.run import RunDirectory, read_metrics
 
 _ADDRESSES = ("10.213.0.1", "10.213.0.2")
 _WARMUP = 2
+# Tensors of a group and numbers in each: what Llama and a model with four carried tensors send, at two sizes.
+_GROUPS = ((1, 131_072), (2, 65_536), (4, 32_768), (4, 1_024))
+_REPEATS = 7
 
 
 def main() -> None:
     """Measure all variants and print the table."""
     arguments = _arguments()
+    if arguments.exchange is not None:
+        _exchange_groups(arguments.exchange)
+        return
     if os.geteuid():
         sys.exit("slow_link.py makes network namespaces and needs root")
     variants = [(schedule, wire) for schedule in arguments.schedules.split(",") for wire in ("fp32", "bf16")]
     seconds: dict[tuple[str, str], list[float]] = {variant: [] for variant in variants}
     with _two_hosts(arguments.rate) as hosts, tempfile.TemporaryDirectory() as folder:
+        messages = _measure_messages(hosts)
         for number in range(arguments.rounds):
             for variant in variants:
                 seconds[variant] += _measure(Path(folder), hosts, *variant, arguments.steps)
             print(f"round {number + 1} of {arguments.rounds} done", file=sys.stderr, flush=True)
-    text = _document(seconds, arguments)
+    text = _document(seconds, messages, arguments)
     print(text)
     if arguments.output is not None:
         arguments.output.write_text(text)
@@ -56,6 +65,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each run")
     parser.add_argument("--schedules", default="1f1b,zb-h1,zb-v", help="names, separated by commas")
     parser.add_argument("--output", type=Path, help="Markdown file to write")
+    parser.add_argument("--exchange", type=int, help=argparse.SUPPRESS)  # the rank of a process that sends groups
     return parser.parse_args()
 
 
@@ -105,28 +115,80 @@ def _measure(folder: Path, hosts: list[str], schedule: str, wire: str, steps: in
     data = prepare(recipe, folder, folder / "cache")
     run = RunDirectory.create(folder / "runs", recipe.name)
     make_plan(recipe, data, job="bench", device="cpu", num_devices=2).save(run.plan)
+    _run_ranks(hosts, lambda _: ["-m", "llmpipe_cli.worker", str(run.path)])
+    return [line["step_seconds"] for line in read_metrics(run.metrics) if "event" not in line][_WARMUP:]
+
+
+def _run_ranks(hosts: list[str], arguments: Callable[[int], list[str]]) -> str:
+    """Run Python with these arguments as a rank on each host; returns what rank 0 printed."""
     place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": _ADDRESSES[0], "MASTER_PORT": "29617"}
     threads = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
     ranks = [
         subprocess.Popen(
-            ["ip", "netns", "exec", host, sys.executable, "-m", "llmpipe_cli.worker", str(run.path)],
+            ["ip", "netns", "exec", host, sys.executable, *arguments(rank)],
             env=os.environ | threads | place | {"RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL if rank else subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            text=True,
         )
         for rank, host in enumerate(hosts)
     ]
     try:
-        codes = [rank.wait(timeout=600) for rank in ranks]
+        printed = [rank.communicate(timeout=600)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    if any(codes):
-        sys.exit(f"{recipe.name} failed with exit codes {codes}: see {run.path}")
-    return [line["step_seconds"] for line in read_metrics(run.metrics) if "event" not in line][_WARMUP:]
+    if codes := [rank.returncode for rank in ranks if rank.returncode]:
+        sys.exit(f"ranks failed with exit codes {codes}")
+    return printed[0]
 
 
-def _document(seconds: dict[tuple[str, str], list[float]], arguments: argparse.Namespace) -> str:
+def _measure_messages(hosts: list[str]) -> list[tuple[float, float]]:
+    """Seconds of each group, its tensors as messages of their own and merged into one."""
+    printed = _run_ranks(hosts, lambda rank: [__file__, "--exchange", str(rank)])
+    return json.loads(printed.splitlines()[-1])
+
+
+def _exchange_groups(rank: int) -> None:
+    """Send each group there and back; print half the time, the median of several."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+
+    def pass_on(tensors: list[torch.Tensor], away: bool) -> None:
+        start = dist.isend if away else dist.irecv
+        for work in [start(tensor, 1 - rank) for tensor in tensors]:
+            assert work is not None
+            work.wait()
+
+    results = []
+    for count, size in _GROUPS:
+        tensors, seconds = [torch.ones(size) for _ in range(count)], []
+        for merged in (False, True):
+            times = []
+            for _ in range(_REPEATS):
+                dist.barrier()
+                started = time.perf_counter()
+                for away in (rank == 0, rank == 1):
+                    if not merged:
+                        pass_on(tensors, away)
+                        continue
+                    whole = torch.cat(tensors) if away else torch.empty(count * size)
+                    pass_on([whole], away)
+                    tensors = tensors if away else list(whole.split(size))
+                times.append((time.perf_counter() - started) / 2)
+            seconds.append(statistics.median(times))
+        results.append(tuple(seconds))
+    if rank == 0:
+        print(json.dumps(results))
+    dist.destroy_process_group()
+
+
+def _document(
+    seconds: dict[tuple[str, str], list[float]], messages: list[tuple[float, float]], arguments: argparse.Namespace
+) -> str:
     work = Work()
     plain = statistics.median(seconds[next(iter(seconds))])
     lines = ["| schedule | on the wire | tokens/s | step s | x first row |", "|---|---|---|---|---|"]
@@ -134,6 +196,10 @@ def _document(seconds: dict[tuple[str, str], list[float]], arguments: argparse.N
         middle = statistics.median(values)
         lines.append(f"| {schedule} | {wire} | {work.tokens / middle:.0f} | {middle:.3f} | {plain / middle:.2f} |")
     table = "\n".join(lines)
+    rows = ["| tensors | KiB each | a message each, ms | one message, ms |", "|---|---|---|---|"]
+    for (count, size), (apart, merged) in zip(_GROUPS, messages, strict=True):
+        rows.append(f"| {count} | {size * 4 // 1024} | {1e3 * apart:.2f} | {1e3 * merged:.2f} |")
+    groups = "\n".join(rows)
     mebibytes = work.micro_batch_size * work.sequence_len * work.hidden_size * 4 / 2**20
     return f"""# Stages over a slow link
 
@@ -144,6 +210,11 @@ by a link of {arguments.rate} in each direction. A micro-batch's activations are
 fp32, and so are their gradients. Medians of {arguments.rounds} runs of {arguments.steps} steps.
 
 {table}
+
+Models that carry several tensors from stage to stage (encoder-decoders, shared key and value states) send each as a
+message of its own; all of them are under way together. The same link, one group sent, medians of {_REPEATS}:
+
+{groups}
 """
 
 

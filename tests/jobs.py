@@ -132,7 +132,8 @@ def train_plain(
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": recipe.train.weight_decay},
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.train.learning_rate)
+    cls = torch.optim.SGD if recipe.train.optimizer == "sgd" else torch.optim.AdamW
+    optimizer = cls(groups, lr=recipe.train.learning_rate)
     scheduler = get_scheduler(recipe.train.lr_scheduler_type, optimizer, settings.warmup_steps, settings.max_steps)
     all_losses, norms = [], []
     for step in range(settings.max_steps):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -26,10 +27,15 @@ _context = get_context("forkserver")
 
 
 class RankPool:
-    """`size` processes; use as a context manager."""
+    """`size` processes; use as a context manager.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    Args:
+        size: number of processes.
+        prepare: a module's function that each of them calls before its first job.
+    """
+
+    def __init__(self, size: int, prepare: Callable[[], None] | None = None) -> None:
+        self.size, self._prepare = size, prepare
         self._members: list[tuple[BaseProcess, Connection]] = []
 
     def __enter__(self) -> RankPool:
@@ -46,7 +52,7 @@ class RankPool:
             _context.set_forkserver_preload(_PRELOAD)
             for _ in range(self.size):
                 ours, theirs = _context.Pipe()
-                member = _context.Process(target=_serve, args=(theirs,), daemon=True)
+                member = _context.Process(target=_serve, args=(theirs, self._prepare), daemon=True)
                 member.start()
                 theirs.close()
                 self._members.append((member, ours))
@@ -103,7 +109,7 @@ def _answer(connection: Connection) -> int:
         return -1
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, prepare: Callable[[], None] | None) -> None:
     """A member: takes a run directory and its place in the process group, answers with the worker's exit code."""
     import sys
 
@@ -114,6 +120,8 @@ def _serve(connection: Connection) -> None:
 
     os.dup2(2, 1)  # whatever a job prints goes to stderr
     os.environ["MASTER_ADDR"] = "127.0.0.1"
+    if prepare is not None:
+        prepare()
     while True:
         try:
             run, place = connection.recv()

@@ -15,7 +15,7 @@ from jobs import Job
 from rank_pool import RankPool
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmpipe_cli.run import read_json
+from llmpipe_cli.run import RunDirectory, read_json, read_metrics
 
 STDLIB = sysconfig.get_paths()["stdlib"]
 SEQUENCE_LEN = 32
@@ -49,15 +49,21 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(job: Job, pool: RankPool) -> Path:
-    return (job.train(pool, parallel={"pipeline": 2}).checkpoints / "latest").resolve()
+def training(job: Job, pool: RankPool) -> RunDirectory:
+    """Evaluates between its steps, which chunks do in another order than they train."""
+    return job.train(pool, parallel={"pipeline": 2, "schedule": "zb-v"}, evaluation={"every_steps": 6})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(training: RunDirectory) -> Path:
+    return (training.checkpoints / "latest").resolve()
 
 
 def _load(checkpoint: Path) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(checkpoint).eval(), AutoTokenizer.from_pretrained(checkpoint)
 
 
-def _evaluate(job: Job, checkpoint: Path, pool: RankPool, **parallel: int) -> dict[str, Any]:
+def _evaluate(job: Job, checkpoint: Path, pool: RankPool, **parallel: Any) -> dict[str, Any]:
     plan = job.plan(resume=checkpoint, job="evaluate", parallel=parallel)
     run = job.start(plan)
     pool.run_well(run, plan.layout.num_ranks)
@@ -93,9 +99,23 @@ def test_bits_per_byte_and_word_perplexity_agree(reported: dict[str, Any]) -> No
     assert math.log(metrics["word_perplexity"]) * len(re.split(r"\s+", text)) == pytest.approx(total, rel=1e-9)
 
 
-@pytest.mark.parametrize("parallel", [{"pipeline": 1}, {"pipeline": 3}, {"pipeline": 2, "data": 2}])
+def test_training_evaluates_alike(training: RunDirectory, reported: dict[str, Any]) -> None:
+    evaluated = [line for line in read_metrics(training.metrics) if line.get("event") == "evaluation"]
+    assert [line["step"] for line in evaluated] == [0, 6, 12]
+    assert evaluated[-1]["metrics"]["loss"] == pytest.approx(reported["metrics"]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"pipeline": 1},
+        {"pipeline": 3},
+        {"pipeline": 2, "data": 2, "schedule": "zb-v"},
+        {"pipeline": 2, "schedule": "interleaved"},
+    ],
+)
 def test_metrics_do_not_depend_on_the_layout(
-    parallel: dict[str, int], job: Job, checkpoint: Path, reported: dict[str, Any], pool: RankPool
+    parallel: dict[str, Any], job: Job, checkpoint: Path, reported: dict[str, Any], pool: RankPool
 ) -> None:
     other = _evaluate(job, checkpoint, pool, **parallel)
     assert other["metrics"] == pytest.approx(reported["metrics"], rel=1e-5)

@@ -38,8 +38,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "2": {"pipeline": 2},
     "3": {"pipeline": 3},
     "2x2": {"pipeline": 2, "data": 2, "zero_stage": 0},
-    "2x2-zero1": {"pipeline": 2, "data": 2, "zero_stage": 1},
-    "2-checkpointing": {"pipeline": 2, "activation_checkpointing": "full"},
+    "2x2-zero1-zb-v": {"pipeline": 2, "data": 2, "zero_stage": 1, "schedule": "zb-v"},
+    "2-checkpointing": {"pipeline": 2, "activation_checkpointing": "full", "schedule": "interleaved"},
     "3-zb-h1": {"pipeline": 3, "schedule": "zb-h1"},
     "2x2-tensor": {"pipeline": 2, "tensor": 2, "schedule": "zb-h1"},
     "1x2x2-tensor": {"pipeline": 1, "tensor": 2, "data": 2, "zero_stage": 1},
@@ -159,7 +159,7 @@ FOUR_SHARDS = {"pipeline": 1, "tensor": 4}
 
 
 @pytest.mark.parametrize(
-    "parallel", [LAYOUTS["1"], LAYOUTS["2x2-zero1"], BARE_ENDS, {**BARE_ENDS, "zero_stage": 1}, FOUR_SHARDS]
+    "parallel", [LAYOUTS["1"], LAYOUTS["2x2-zero1-zb-v"], BARE_ENDS, {**BARE_ENDS, "zero_stage": 1}, FOUR_SHARDS]
 )
 def test_dropout_and_stages_without_adapters(
     parallel: dict[str, Any], llama: Job, trained: RunDirectory, pool: RankPool
@@ -225,7 +225,7 @@ def test_peft_opens_the_checkpoint(llama: Job, trained: RunDirectory, tmp_path: 
         merge_adapter(tmp_path / "merged", tmp_path / "other")
 
 
-@pytest.mark.parametrize("layout", ["1", "2", "2x2-zero1", "2x2-tensor"])
+@pytest.mark.parametrize("layout", ["1", "2", "2x2-zero1-zb-v", "2x2-tensor"])
 def test_resume(layout: str, llama: Job, trained: RunDirectory, pool: RankPool) -> None:
     resumed = llama.train(pool, resume=trained.checkpoint(2), parallel=LAYOUTS[layout])
     assert [line["step"] for line in steps(resumed)] == [3, 4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import signal
 import sys
@@ -326,6 +327,8 @@ BROKEN: list[tuple[str, str, str, str, str]] = [
         "2 or more",
     ),
     ("1-bit Adam", HEAD + "train: {optimizer: OneBitAdam}", "3:20", "expects adamw", "wire_dtype: bf16"),
+    ("0/1 Adam", HEAD + "train: {optimizer: ZeroOneAdam}", "3:20", "expects adamw", "wire_dtype: bf16"),
+    ("1-bit LAMB", HEAD + "train: {optimizer: OneBitLamb}", "3:20", "expects adamw", "wire_dtype: bf16"),
     ("zb-v", HEAD + "parallel: {schedule: zb-v, interleave: 3}", "3:40", "zb-v has 2 parts a stage", "leave"),
     ("virtual stages", HEAD + "parallel: {virtual_stages: 2}", "3:28", "has one part a stage", "interleaved"),
     (
@@ -415,6 +418,13 @@ def test_broken_recipe(run: Run, tmp_path: Path, text: str, place: str, message:
     assert has_problem(result, f"recipe.yaml:{place}", message, hint), result.err
     assert result.out == ""
     assert "Traceback" not in result.err
+
+
+def test_deepspeed_has_no_compressed_optimizers() -> None:
+    """Why they are refused: if it brings them back, the message needs another reason."""
+    files = importlib.metadata.files("deepspeed")
+    assert files
+    assert not [path for path in files if "onebit" in str(path).lower()]
 
 
 def test_the_head_of_the_cases_is_right(run: Run, tmp_path: Path) -> None:

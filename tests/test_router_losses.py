@@ -30,8 +30,9 @@ MIXTRAL: dict[str, Any] = {
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "2-zb-h1": {"pipeline": 2, "schedule": "zb-h1"},
-    "2x2-zero1": {"pipeline": 2, "data": 2, "zero_stage": 1, "schedule": "1f1b"},
+    "2x2-zero1-zb-v": {"pipeline": 2, "data": 2, "zero_stage": 1, "schedule": "zb-v"},
     "3-checkpointing": {"pipeline": 3, "schedule": "1f1b", "activation_checkpointing": "full"},
+    "2-interleaved-checkpointing": {"pipeline": 2, "schedule": "interleaved", "activation_checkpointing": "full"},
 }
 
 

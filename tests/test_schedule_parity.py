@@ -1,7 +1,7 @@
 """Every schedule against one Hugging Face process, on real ranks: losses, gradient norms, weights, activation memory.
 
 The instruction order that ranks recorded is played through with published times, so that what was run, and not only
-what was planned, has the published bubbles.
+what was planned, has the published bubbles. Activation memory is counted in live tensors (`live_activations`).
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import Job, final_weights, losses, steps, train_plain
+from jobs import Job, final_weights, full_model, losses, steps, train_plain
+from live_activations import count_live_activations, most_alive
 from rank_pool import RankPool
 from test_schedules import memory_formula
 
 from llmpipe_cli.engine.schedules import SCHEDULES
 from llmpipe_cli.plan.resolve import make_plan
 from llmpipe_cli.plan.simulate import StageCosts, simulate
-from llmpipe_cli.report.timeline import Timeline, load_timeline
+from llmpipe_cli.report.timeline import load_timeline
 from llmpipe_cli.run import RunDirectory
 
 # 6 layers, embedding and head: 8 segments, so that four stages can hold two parts each.
@@ -30,7 +31,7 @@ NAMES = list(SCHEDULES)
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
-    with RankPool(4) as members:
+    with RankPool(4, prepare=count_live_activations) as members:
         yield members
 
 
@@ -58,14 +59,19 @@ def _job(folder: Path, num_micro_batches: int, **train: Any) -> Job:
 
 
 class References:
-    """Jobs by their number of micro-batches, each trained once by a plain Hugging Face loop."""
+    """Jobs by their number of micro-batches, each trained once by a plain Hugging Face loop.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._known = folder, {}
+    Args:
+        folder: where they go.
+        train: changes of their recipes.
+    """
+
+    def __init__(self, folder: Path, **train: Any) -> None:
+        self._folder, self._train, self._known = folder, train, {}
 
     def get(self, num_micro_batches: int) -> tuple[Job, Any]:
         if num_micro_batches not in self._known:
-            job = _job(self._folder, num_micro_batches)
+            job = _job(self._folder, num_micro_batches, **self._train)
             self._known[num_micro_batches] = (job, train_plain(job.plan()))
         return self._known[num_micro_batches]
 
@@ -86,13 +92,18 @@ def _check(run: RunDirectory, plain: Any, limit: float) -> None:
             torch.testing.assert_close(weights[name], expected, rtol=0, atol=1e-5)
 
 
-def _check_memory(timeline: Timeline, name: str, num_stages: int, num_micro_batches: int, chunks: int) -> None:
-    """Activations that the executor really kept, and no more than the order itself demands."""
+def _check_memory(run: RunDirectory, name: str, num_micro_batches: int, chunks: int) -> None:
+    """Activations that were really alive: no more than the order itself demands, and what the papers' formulas say."""
+    timeline = load_timeline(run)
     placement = timeline.placement
+    num_stages = placement.num_stages
     orders = [[bar.instruction for bar in rank.instructions()] for rank in timeline.ranks]
     played = simulate(orders, [StageCosts(1, 1, 1)] * placement.num_parts, 0.0, placement)
     kept = [rank.peak_activations for rank in timeline.ranks]
     assert kept == played.peak_activations
+    alive = [most_alive(run, rank) for rank in range(num_stages)]
+    assert alive.count(None) <= 2, "parts without a layer are the first and the last"
+    assert all(tensors in (None, most) for tensors, most in zip(alive, kept, strict=True))
     formula = [memory_formula(name, stage, num_stages, num_micro_batches, chunks) for stage in range(num_stages)]
     assert all(mine <= most for mine, most in zip(kept, formula, strict=True))
     if num_micro_batches >= 2 * num_stages:
@@ -106,11 +117,10 @@ def test_schedule(name: str, num_stages: int, num_micro_batches: int, references
     job, plain = references.get(num_micro_batches)
     run = job.train(pool, parallel={"pipeline": num_stages, "schedule": name})
     _check(run, plain, job.values["train"]["max_grad_norm"])
-    timeline, chunks = load_timeline(run), SCHEDULES[name].chunks or 2
-    for rank in timeline.ranks:
+    for rank in load_timeline(run).ranks:
         expected = SCHEDULES[name](rank.stage, num_stages, num_micro_batches)
         assert [bar.instruction for bar in rank.instructions()] == expected
-    _check_memory(timeline, name, num_stages, num_micro_batches, chunks)
+    _check_memory(run, name, num_micro_batches, SCHEDULES[name].chunks or 2)
 
 
 def test_recorded_orders_have_the_published_bubbles(tmp_path: Path) -> None:
@@ -118,14 +128,14 @@ def test_recorded_orders_have_the_published_bubbles(tmp_path: Path) -> None:
     al. 2023), has its bubble rates. Three parts a stage are that paper's interleaved 1F1B."""
     f, b, w, transfer = 18.522, 18.086, 9.337, 0.601
     published = {"1f1b": 0.2431, "interleaved": 0.1055, "zb-h1": 0.1585, "zb-h2": 0.1083}
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 22, "num_attention_heads": 2}
     job = _job(tmp_path, 24, max_steps=1)
-    job.values["model"]["config"].update(sizes)
+    job.values["model"]["config"].update(hidden_size=16, intermediate_size=16, num_attention_heads=2)
     idle = {}
     with RankPool(8) as eight:
         for name in (*published, "zb-v"):
             chunks = {"interleaved": 3, "zb-v": 2}.get(name, 1)
             virtual = {"virtual_stages": chunks} if chunks > 1 else {}
+            job.values["model"]["config"]["num_hidden_layers"] = 8 * chunks - 2  # a segment a part
             plan = make_plan(
                 job.recipe(parallel={"pipeline": 8, "schedule": name, **virtual}), job.data, device="cpu", num_devices=8
             )
@@ -142,60 +152,95 @@ def test_recorded_orders_have_the_published_bubbles(tmp_path: Path) -> None:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "zero1": {"parallel__zero_stage": 1},
-    "replicas": {"parallel__data": 2, "parallel__zero_stage": 1},
-    "checkpointing": {"parallel__activation_checkpointing": "full"},
+    "zero1": {"pipeline": 3, "zero_stage": 1},
+    "checkpointing": {"pipeline": 3, "activation_checkpointing": "full"},
+    "together": {"pipeline": 2, "data": 2, "zero_stage": 1, "activation_checkpointing": "full"},
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", ["interleaved", "zb-h2", "zb-v"])
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [(variant, name) for variant in VARIANTS for name in NAMES if variant == "together" or SCHEDULES[name].chunks != 1],
+)
 def test_variants(name: str, variant: str, references: References, pool: RankPool) -> None:
+    """Every schedule with replicas, ZeRO-1, checkpointing, clipping and ties at once; each alone where stages have
+    several parts."""
     job, plain = references.get(8)
-    run = job.train(pool, parallel={"pipeline": 2, "schedule": name}, **VARIANTS[variant])
+    run = job.train(pool, parallel={"schedule": name, **VARIANTS[variant]})
     _check(run, plain, job.values["train"]["max_grad_norm"])
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "interleaved", "zb-h2", "zb-v"])
-def test_bf16_with_fp32_accumulation(schedule: str, references: References, pool: RankPool) -> None:
+@pytest.fixture(scope="module")
+def one_bf16_stage(references: References, pool: RankPool) -> RunDirectory:
+    return references.get(8)[0].train(pool, parallel={"pipeline": 1}, model__dtype="bf16")
+
+
+@pytest.mark.parametrize("schedule", NAMES)
+def test_bf16_with_fp32_accumulation(
+    schedule: str, one_bf16_stage: RunDirectory, references: References, pool: RankPool
+) -> None:
     """The same as one bf16 stage: sums are made in fp32, so their order does not show."""
     job, plain = references.get(8)
-    one = job.train(pool, parallel={"pipeline": 1}, model__dtype="bf16")
     run = job.train(pool, parallel={"pipeline": 3, "schedule": schedule}, model__dtype="bf16")
-    assert losses(run) == pytest.approx(losses(one), rel=1e-5)
+    assert losses(run) == pytest.approx(losses(one_bf16_stage), rel=1e-5)
     assert losses(run) == pytest.approx(plain[0], rel=5e-3)
     weights = final_weights(run)
-    for name, expected in final_weights(one).items():
+    for name, expected in final_weights(one_bf16_stage).items():
         assert weights[name].dtype == torch.bfloat16
         torch.testing.assert_close(weights[name], expected, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_random_layouts(seed: int, references: References, pool: RankPool) -> None:
-    """A random schedule, number of stages and of micro-batches, and chunks where they can be chosen."""
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory: pytest.TempPathFactory) -> References:
+    """One step of plain SGD, so that what changes in a weight is its gradient, scaled up to stand out of rounding."""
+    train = {"optimizer": "sgd", "learning_rate": 1e4, "lr_scheduler_type": "constant", "max_steps": 1}
+    return References(tmp_path_factory.mktemp("gradients"), **train)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_layouts(seed: int, gradients: References, pool: RankPool) -> None:
+    """A random schedule with random numbers of stages, micro-batches and chunks, with or without replicas, ZeRO-1 and
+    checkpointing: every single gradient is the plain run's."""
     generator = random.Random(seed)
     name, num_stages = generator.choice(NAMES), generator.randint(2, 4)
-    num_micro_batches = generator.choice([2, 4, 7, 8, 16])
-    parallel: dict[str, Any] = {"pipeline": num_stages, "schedule": name}
+    num_micro_batches = generator.randint(num_stages, 4 * num_stages)
+    parallel: dict[str, Any] = {
+        "pipeline": num_stages,
+        "schedule": name,
+        "activation_checkpointing": generator.choice(["none", "selective", "full"]),
+        "zero_stage": generator.randint(0, 1),
+        "data": 2 if num_stages == 2 and num_micro_batches % 2 == 0 else 1,
+    }
     if name == "interleaved" and num_stages == 2:
         parallel["virtual_stages"] = generator.randint(2, 4)
-    job, plain = references.get(num_micro_batches)
-    _check(job.train(pool, parallel=parallel), plain, job.values["train"]["max_grad_norm"])
+    job, (plain_losses, plain_norms, plain_weights) = gradients.get(num_micro_batches)
+    run = job.train(pool, parallel=parallel)
+    assert losses(run) == pytest.approx(plain_losses, rel=1e-5)
+    assert [line["grad_norm"] for line in steps(run)] == pytest.approx(plain_norms, rel=1e-5)
+    begun, weights = full_model(job.plan()).state_dict(), final_weights(run)
+    for parameter, expected in plain_weights.items():
+        if parameter in weights:  # a tied name is saved once
+            change = (expected - begun[parameter]).abs().max().item()
+            assert change > 1e-2, parameter
+            torch.testing.assert_close(weights[parameter], expected, rtol=0, atol=1e-5 * change)
 
 
-def test_checkpoints_over_placements(references: References, pool: RankPool) -> None:
-    """Saved by one placement, gone on from by another: the plain run's losses."""
-    job, (plain_losses, *_) = references.get(8)
+def test_checkpoints_over_placements(tmp_path: Path, pool: RankPool) -> None:
+    """One training that changes its placement after each step: the plain run's losses."""
     layouts: list[dict[str, Any]] = [
         {"pipeline": 2, "schedule": "zb-v"},
         {"pipeline": 3, "schedule": "interleaved"},
         {"pipeline": 2, "data": 2, "zero_stage": 1, "schedule": "zb-v"},
         {"pipeline": 1},
+        {"pipeline": 2, "schedule": "zb-v"},
     ]
-    runs = [job.train(pool, parallel=parallel, checkpoint={"every_steps": 1}) for parallel in layouts]
-    for run, other in zip(runs, layouts[1:] + layouts[:1], strict=True):
-        resumed = job.train(pool, resume=run.checkpoint(1), parallel=other)
-        assert losses(resumed) == pytest.approx(plain_losses[1:], rel=1e-5)
+    job = _job(tmp_path, 8, max_steps=len(layouts))
+    plain_losses, *_ = train_plain(job.plan())
+    saved = None
+    for done, parallel in enumerate(layouts):
+        run = job.train(pool, resume=saved, parallel=parallel, checkpoint={"every_steps": 1, "keep": len(layouts)})
+        assert losses(run) == pytest.approx(plain_losses[done:], rel=1e-5)
+        saved = run.checkpoint(done + 1)
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zb-v"])

@@ -7,9 +7,9 @@ import pytest
 from llmpipe_cli.engine.schedules import SCHEDULES, Instruction
 from llmpipe_cli.plan.simulate import StageCosts, simulate, simulate_schedule
 
-# Qi et al. 2023, "Zero Bubble Pipeline Parallelism", their profile and their bubble rates: stages, micro-batches,
-# milliseconds of F, B, W and of a transfer, chunks a stage of interleaved 1F1B (the layers of a stage);
-# bubble rates of 1F1B, interleaved 1F1B, ZB-H1 and ZB-H2.
+# Qi et al. 2023, "Zero Bubble Pipeline Parallelism" (arXiv:2401.10241), every row of tables 9 (their profile) and 5
+# (bubble rates): stages, micro-batches, milliseconds of F, B, W and of a transfer, chunks a stage of interleaved 1F1B
+# (the layers of a stage); bubble rates of 1F1B, interleaved 1F1B, ZB-H1 and ZB-H2.
 PUBLISHED = [
     (8, 24, 18.522, 18.086, 9.337, 0.601, 3, 0.2431, 0.1055, 0.1585, 0.1083),
     (8, 32, 18.513, 18.086, 9.331, 0.626, 3, 0.1985, 0.0818, 0.1242, 0.0837),
