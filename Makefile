@@ -3,7 +3,8 @@
 #   make test     all tests; `make test TESTS=tests/test_recipe_load.py` runs some of them
 #   make lint     ruff and mypy        make format   rewrite the sources in the project's format
 #   make models   check every architecture that transformers registers; writes docs/models.md (about five minutes)
-#   make bench    llmpipe beside other pipeline engines on two cores; writes docs/benchmarks.md (about ten minutes)
+#   make bench    llmpipe beside other pipeline engines on two cores; writes docs/benchmarks.md (at most 14 minutes;
+#                 in pieces: make bench BENCH="--sections main", then BENCH="--resume --output docs/benchmarks.md")
 #   make clean    remove .venv, caches and build outputs, never a run
 # PYTHON chooses the interpreter .venv is made with (3.11 or newer). Which build of torch comes is pip's configuration.
 
@@ -19,7 +20,7 @@ BENCH ?= --output docs/benchmarks.md
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '2,7s/^# *//p' Makefile
+	@sed -n '2,8s/^# *//p' Makefile
 
 install: $(INSTALLED)
 

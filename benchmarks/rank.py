@@ -4,7 +4,8 @@
 FOLDER/seconds.json: for each system and round the seconds from a barrier before to a barrier after its step, and the
 processor seconds that both ranks spent in it (`cpu`), which a busy machine changes less. Systems that are not in
 `always` take part in every `every`-th round; their other rounds are null. `simulated` has, for llmpipe, what the
-simulator makes of each step's own records, over the measured length.
+simulator makes of each step's own records, over the measured length. At `deadline` (seconds since the epoch) no
+further round begins; two are measured in any case.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def main() -> None:
     cpu: dict[str, list[float | None]] = {name: [] for name in names}
     simulated: dict[str, list[float | None]] = {name: [] for name in names}
     for turn in range(-launch["warmup"], launch["rounds"]):
+        if turn > 1 and _is_late(launch["deadline"]):
+            break
         # The order turns round, so that no system always follows the same one.
         for name in names if turn % 2 else reversed(names):
             if turn > 0 and turn % launch["every"] and name not in launch["always"]:
@@ -55,12 +58,19 @@ def main() -> None:
             if turn >= 0:
                 wall[name].append(spent[0].item())
                 cpu[name].append(spent[1].item())
-                recorded = name.startswith("llmpipe-") and not name.endswith("-unrecorded")
+                recorded = launch["simulate"] and name.startswith("llmpipe-")
                 simulated[name].append(systems[name].simulated_over_measured() if recorded else None)
     if rank == 0:
         (folder / "seconds.json").write_text(json.dumps({"wall": wall, "cpu": cpu, "simulated": simulated}))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _is_late(deadline: float) -> bool:
+    """Whether rank 0's clock is past the deadline; all ranks ask together."""
+    late = torch.tensor(time.time() > deadline)
+    dist.broadcast(late, 0)
+    return bool(late)
 
 
 if __name__ == "__main__":

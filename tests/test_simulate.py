@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from llmpipe_cli.cluster.devices import Devices
+from llmpipe_cli.data.prepare import prepare
 from llmpipe_cli.engine.schedules import SCHEDULES, Instruction
+from llmpipe_cli.plan.calibration import planned_candidate
+from llmpipe_cli.plan.devices import GIB
+from llmpipe_cli.plan.plan import Plan
+from llmpipe_cli.plan.propose import cluster_of
+from llmpipe_cli.plan.resolve import make_plan_on
 from llmpipe_cli.plan.simulate import StageCosts, simulate, simulate_schedule
+from llmpipe_cli.recipe.schema import Recipe
 
 # Qi et al. 2023, "Zero Bubble Pipeline Parallelism" (arXiv:2401.10241), every row of tables 9 (their profile) and 5
 # (bubble rates): stages, micro-batches, milliseconds of F, B, W and of a transfer, chunks a stage of interleaved 1F1B
@@ -61,3 +71,30 @@ def test_a_wait_without_end_is_told() -> None:
     f, b = Instruction("F", 0), Instruction("B", 0)
     with pytest.raises(ValueError, match="wait for each other"):
         simulate([[b, f], [f, b]], [StageCosts(1, 1, 1)] * 2)
+
+
+def test_auto_takes_more_activations_only_where_they_fit(tmp_path: Path) -> None:
+    """ZB-H2 saves most here; devices that are too small for it, or that nobody knows, get what 1F1B's memory allows."""
+    recipe = Recipe.model_validate(
+        {
+            "name": "auto",
+            "model": {"config": {"model_type": "llama", "vocab_size": 1024, "hidden_size": 128,
+                                 "intermediate_size": 352, "num_hidden_layers": 6, "num_attention_heads": 4}},
+            "data": {"train": {"synthetic": True}, "sequence_len": 512},
+            "train": {"max_steps": 1, "global_batch_size": 12, "micro_batch_size": 2},
+            "parallel": {"pipeline": 3},
+        }
+    )  # fmt: skip
+    data = prepare(recipe, tmp_path, tmp_path / "cache")
+
+    def plan_with(memory: int) -> Plan:
+        return make_plan_on(recipe, data, Devices("cpu", 3, "", memory))
+
+    roomy, modest = plan_with(64 * GIB), plan_with(0)
+    assert roomy.schedule == "zb-h2"
+    assert modest.schedule in ("zb-h1", "zb-v")
+    cluster = cluster_of(Devices("cpu", 3, "", 64 * GIB))
+    assert cluster is not None
+    needed = [max(own.total for own in planned_candidate(plan, cluster).memory) for plan in (modest, roomy)]  # type: ignore[union-attr]
+    assert needed[0] < needed[1]
+    assert plan_with(int(sum(needed) / 2)).schedule == modest.schedule

@@ -198,19 +198,18 @@ def plan_job(
         PreflightError: too few devices.
     """
     with places(loaded), console.working("planning"):
-        from llmpipe_cli.plan.resolve import make_plan
+        from llmpipe_cli.plan.resolve import make_plan_on
 
         if devices.kind == "cuda" and job in ("train", "bench") and checkpoint is None:
             from llmpipe_cli.plan.propose import cluster_of, fill_auto
 
             cluster = cluster_of(devices)
             recipe = recipe if cluster is None else fill_auto(recipe, cluster)
-        return make_plan(
+        return make_plan_on(
             recipe,
             data,
+            devices,
             job=job,
-            device=devices.kind,
-            num_devices=devices.count,
             checkpoint=None if checkpoint is None else Path(checkpoint),
             options=options,
         )

@@ -83,6 +83,18 @@ def forecast(plan: Plan, cluster: Cluster) -> Forecast | None:
     )
 
 
+def fits(plan: Plan, cluster: Cluster) -> bool:
+    """Whether a plan's stages are predicted to fit on the devices; a model that cannot be measured does not."""
+    from llmpipe_cli.plan.calibration import planned_candidate
+
+    try:
+        candidate = planned_candidate(plan, cluster)
+    except Exception as error:
+        logger.info("no forecast: %s: %s", type(error).__name__, error)
+        return False
+    return candidate is not None and candidate.fits
+
+
 class Comparison:
     """Collects the first steps of a run and compares them with its forecast once.
 

@@ -9,9 +9,9 @@ micro_batch_size auto -> the largest divisor of the samples a replica and step, 
           four micro-batches a stage (fewer stay idle that way: the bubble of 1F1B is (p - 1) / (m + p - 1))
 zero_stage auto -> 1 with bf16 or fp16 (which need it) or with several replicas, else 0
 activation_checkpointing auto -> none
-schedule  auto -> the shorter step of 1f1b and zb-h1, played through with times modelled by FLOPs; 1f1b with one
-          stage or with activation checkpointing (whose recomputed activations postponed weight gradients would keep
-          alive)
+schedule  auto -> the shortest step of 1f1b, zb-h1, zb-h2 and zb-v, played through with times modelled by FLOPs; zb-h2
+          only where its activations fit (`plan.resolve.make_plan_on`); 1f1b with one stage or with activation
+          checkpointing (whose recomputed activations postponed weight gradients would keep alive)
 """
 
 from __future__ import annotations
@@ -119,14 +119,23 @@ def choose_zero_stage(recipe: Recipe, layout: Layout) -> Literal[0, 1]:
     return 1 if layout.data > 1 and recipe.train.optimizer != "adafactor" else 0
 
 
-# Schedules that keep no more activations on any stage than 1F1B does on its first; the simplest first.
-_CANDIDATES: tuple[ScheduleName, ...] = ("1f1b", "zb-h1")
+# The simplest first.
+_CANDIDATES: tuple[ScheduleName, ...] = ("1f1b", "zb-h1", "zb-h2", "zb-v")
+# Those that keep more activations on a stage than 1F1B does on its first.
+_ROOMY: frozenset[ScheduleName] = frozenset(("zb-h2",))
 _WORTHWHILE = 0.01  # share of the step that a less simple schedule has to save
 _TRANSFER = 0.03  # a transfer's time, as a share of a stage's mean forward pass
 _SIMULATED_MICRO_BATCHES = 8  # a stage; more of them change no order between the candidates
 
 
-def choose_schedule(recipe: Recipe, layout: Layout, plan: SlicePlan, num_micro_batches: int) -> ScheduleName:
+def is_roomy(schedule: ScheduleName) -> bool:
+    """Whether auto takes this schedule only where memory allows."""
+    return schedule in _ROOMY
+
+
+def choose_schedule(
+    recipe: Recipe, layout: Layout, plan: SlicePlan, num_micro_batches: int, *, roomy: bool = False
+) -> ScheduleName:
     """Order of forward and backward passes; auto plays the candidates through with times modelled by FLOPs.
 
     Args:
@@ -134,6 +143,7 @@ def choose_schedule(recipe: Recipe, layout: Layout, plan: SlicePlan, num_micro_b
         layout: the layout.
         plan: how the model is cut into segments, with their costs.
         num_micro_batches: micro-batches of a step and replica.
+        roomy: auto may take schedules that keep more activations than 1F1B.
     """
     parallel = recipe.parallel
     if parallel.schedule != "auto":
@@ -142,6 +152,8 @@ def choose_schedule(recipe: Recipe, layout: Layout, plan: SlicePlan, num_micro_b
         return "1f1b"
     best, shortest = _CANDIDATES[0], float("inf")
     for name in _CANDIDATES:
+        if is_roomy(name) and not roomy:
+            continue
         chunks = SCHEDULES[name].chunks or 1
         if layout.pipeline * chunks > plan.num_segments or (chunks > 1 and isinstance(parallel.partition, list)):
             continue

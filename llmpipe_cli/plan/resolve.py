@@ -10,7 +10,7 @@ import inspect
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmpipe_cli.data.prepared import PreparedData
 from llmpipe_cli.engine.manifest import training_state
@@ -23,11 +23,20 @@ from llmpipe_cli.model.skeleton import build_skeleton
 from llmpipe_cli.model.slicing.trace import NotSliceableError, trace_config, whole_plan
 from llmpipe_cli.model.tensor.apply import check_division
 from llmpipe_cli.model.weights import weight_files
-from llmpipe_cli.plan.layout import choose_layout, choose_micro_batch_size, choose_schedule, choose_zero_stage
+from llmpipe_cli.plan.layout import (
+    choose_layout,
+    choose_micro_batch_size,
+    choose_schedule,
+    choose_zero_stage,
+    is_roomy,
+)
 from llmpipe_cli.plan.learning import choose_learning
 from llmpipe_cli.plan.partition import balance_parts
 from llmpipe_cli.plan.plan import Job, Plan, TrainingSettings
 from llmpipe_cli.recipe.schema import Recipe, TrainSection
+
+if TYPE_CHECKING:
+    from llmpipe_cli.cluster.devices import Devices
 
 Device = Literal["cpu", "cuda"]
 
@@ -41,6 +50,7 @@ def make_plan(
     num_devices: int,
     checkpoint: Path | None = None,
     options: dict[str, Any] | None = None,
+    roomy: bool = False,
 ) -> Plan:
     """Decide what runs where.
 
@@ -52,6 +62,7 @@ def make_plan(
         num_devices: devices of this machine.
         checkpoint: train: the checkpoint to go on from; evaluate and generate: the model to use.
         options: options of an evaluate or generate job.
+        roomy: `schedule: auto` may take schedules that keep more activations than 1F1B.
 
     Raises:
         UsageError: recipe, model and data do not fit; `where` is the recipe's dotted key.
@@ -105,7 +116,7 @@ def make_plan(
     if layout.tensor > 1:
         check_division(build_skeleton(cls, config), layout.tensor)
     micro_batch_size, num_micro_batches = choose_micro_batch_size(recipe, layout)
-    schedule = choose_schedule(recipe, layout, slice_plan, num_micro_batches)
+    schedule = choose_schedule(recipe, layout, slice_plan, num_micro_batches, roomy=roomy)
     # Evaluation and generation have nothing to gain from several parts a stage.
     chunks = SCHEDULES[schedule].chunks or recipe.parallel.num_chunks if job in ("train", "bench") else 1
     placement = SCHEDULES[schedule].placement(layout.pipeline, chunks) if chunks > 1 else Placement(layout.pipeline)
@@ -139,6 +150,40 @@ def make_plan(
         training=_training(recipe.train, data, checkpoint) if job in ("train", "bench") else None,
         options=options or {},
     )
+
+
+def make_plan_on(
+    recipe: Recipe,
+    data: PreparedData | None,
+    devices: Devices,
+    *,
+    job: Job = "train",
+    checkpoint: Path | None = None,
+    options: dict[str, Any] | None = None,
+) -> Plan:
+    """`make_plan` for devices whose memory decides what `schedule: auto` may take; see there."""
+    from llmpipe_cli.plan.forecast import fits
+    from llmpipe_cli.plan.propose import machines_for
+
+    def planned(roomy: bool) -> Plan:
+        return make_plan(
+            recipe,
+            data,
+            job=job,
+            device=devices.kind,
+            num_devices=devices.count,
+            checkpoint=checkpoint,
+            options=options,
+            roomy=roomy,
+        )
+
+    if job not in ("train", "bench") or recipe.parallel.schedule != "auto":
+        return planned(roomy=False)
+    plan = planned(roomy=True)
+    if not is_roomy(plan.schedule):
+        return plan
+    cluster = machines_for(plan, devices)
+    return plan if cluster is not None and fits(plan, cluster) else planned(roomy=False)
 
 
 def _set_special_tokens(config: Any, given: dict[str, Any], ids: dict[str, int]) -> None:

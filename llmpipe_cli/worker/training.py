@@ -122,6 +122,10 @@ class Trainer:
             partition=self.plan.partition,
             steps_per_epoch=self.settings.steps_per_epoch,
         )
+        postponed = self.engine.module.weight_gradients
+        if postponed is not None and postponed.num_layers == 0:
+            message = f"{self.plan.schedule}: no linear layer of stage 0 learns, so no weight gradients are postponed"
+            self.metrics.event("warning", step=self.position.step, message=message)
         if self.position.step == 0 and self.recipe.evaluation.every_steps is not None:
             self._evaluate()
         saved_step, stopped = self.position.step, False
