@@ -95,6 +95,10 @@ def test_auto_takes_more_activations_only_where_they_fit(tmp_path: Path) -> None
     assert modest.schedule in ("zb-h1", "zb-v")
     cluster = cluster_of(Devices("cpu", 3, "", 64 * GIB))
     assert cluster is not None
-    needed = [max(own.total for own in planned_candidate(plan, cluster).memory) for plan in (modest, roomy)]  # type: ignore[union-attr]
+    needed = []
+    for plan in (modest, roomy):
+        candidate = planned_candidate(plan, cluster)
+        assert candidate is not None
+        needed.append(max(own.total for own in candidate.memory))
     assert needed[0] < needed[1]
     assert plan_with(int(sum(needed) / 2)).schedule == modest.schedule
