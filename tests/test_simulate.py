@@ -78,22 +78,21 @@ def test_auto_takes_more_activations_only_where_they_fit(tmp_path: Path) -> None
     recipe = Recipe.model_validate(
         {
             "name": "auto",
-            "model": {"config": {"model_type": "llama", "vocab_size": 1024, "hidden_size": 128,
-                                 "intermediate_size": 352, "num_hidden_layers": 6, "num_attention_heads": 4}},
-            "data": {"train": {"synthetic": True}, "sequence_len": 512},
-            "train": {"max_steps": 1, "global_batch_size": 12, "micro_batch_size": 2},
-            "parallel": {"pipeline": 3},
+            "model": {"config": {"model_type": "llama", "vocab_size": 4096, "hidden_size": 256,
+                                 "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 4}},
+            "data": {"train": {"synthetic": True}, "sequence_len": 256},
+            "train": {"max_steps": 1, "global_batch_size": 16, "micro_batch_size": 2},
+            "parallel": {"pipeline": 2},
         }
     )  # fmt: skip
     data = prepare(recipe, tmp_path, tmp_path / "cache")
 
     def plan_with(memory: int) -> Plan:
-        return make_plan_on(recipe, data, Devices("cpu", 3, "", memory))
+        return make_plan_on(recipe, data, Devices("cpu", 2, "", memory))
 
     roomy, modest = plan_with(64 * GIB), plan_with(0)
-    assert roomy.schedule == "zb-h2"
-    assert modest.schedule in ("zb-h1", "zb-v")
-    cluster = cluster_of(Devices("cpu", 3, "", 64 * GIB))
+    assert (roomy.schedule, modest.schedule) == ("zb-h2", "zb-h1")
+    cluster = cluster_of(Devices("cpu", 2, "", 64 * GIB))
     assert cluster is not None
     needed = []
     for plan in (modest, roomy):
@@ -101,4 +100,4 @@ def test_auto_takes_more_activations_only_where_they_fit(tmp_path: Path) -> None
         assert candidate is not None
         needed.append(max(own.total for own in candidate.memory))
     assert needed[0] < needed[1]
-    assert plan_with(int(sum(needed) / 2)).schedule == modest.schedule
+    assert plan_with(int(sum(needed) / 2)).schedule == "zb-h1"

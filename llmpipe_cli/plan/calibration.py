@@ -7,6 +7,7 @@ plan, gives the device's rate.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -146,24 +147,32 @@ def calibrate_run(path: Path) -> Calibration:
 
 
 def plan_profile(plan: Plan) -> ModelProfile:
-    """The profile of a plan's model."""
+    """The profile of a plan's model; plans of the same model are measured once."""
+    model = plan.recipe["model"]
+    trainable = [] if plan.adapters is not None else plan.trainable
+    facts = (plan.recipe["task"], plan.model_config_fields, plan.slice_plan)
+    options = (plan.model_type, model["dtype"], model["attn_implementation"], trainable)
+    return _measured_profile(json.dumps([*facts, *options], sort_keys=True))
+
+
+@functools.lru_cache(maxsize=4)
+def _measured_profile(facts: str) -> ModelProfile:
     from transformers import AutoConfig
 
     from llmpipe_cli.model.auto import model_class
     from llmpipe_cli.model.slicing.plan import SlicePlan
     from llmpipe_cli.plan.measure import measure_profile
 
-    task = plan.recipe["task"]
-    fields = {name: value for name, value in plan.model_config_fields.items() if name != "model_type"}
-    config = AutoConfig.for_model(plan.model_type, **fields)
+    task, fields, slice_plan, model_type, dtype, attn_implementation, trainable = json.loads(facts)
+    config = AutoConfig.for_model(model_type, **{name: fields[name] for name in fields if name != "model_type"})
     return measure_profile(
         model_class(config, task),
         config,
         task,
-        SlicePlan.from_json(plan.slice_plan),
-        dtype=plan.recipe["model"]["dtype"],
-        attn_implementation=plan.recipe["model"]["attn_implementation"],
-        trainable=[] if plan.adapters is not None else plan.trainable,
+        SlicePlan.from_json(slice_plan),
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        trainable=trainable,
     )
 
 
