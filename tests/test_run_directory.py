@@ -195,6 +195,8 @@ def test_no_silent_restart(what: str, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_models_by_name(tmp_path: Path) -> None:
     assert find_model("gpt2", tmp_path) == "gpt2"
     assert find_model("org/model", tmp_path) == "org/model"
+    with pytest.raises(CheckpointError):
+        find_model("runs/nothing", Path("runs"))  # in the folder of the runs, and so no hub id
     (tmp_path / "config.json").write_text("{}")
     assert find_model(str(tmp_path), tmp_path) == tmp_path
     (tmp_path / "empty").mkdir()

@@ -82,8 +82,8 @@ def find_model(what: str, output_dir: Path) -> Path | str:
     if path.is_dir() and path.name != "checkpoints" and not RunDirectory(path).is_run():
         hint = "give a folder that save_pretrained or llmpipe wrote, or a run"
         raise UsageError("there is no config.json in this folder", where=what, hint=hint)
-    looks_like_hub_id = not path.exists() and not path.is_absolute() and not what.startswith(".")
-    if looks_like_hub_id and what.count("/") <= 1 and not _is_run(what, output_dir):
+    is_local = path.exists() or path.is_absolute() or what.startswith(".") or path.parent == output_dir
+    if not is_local and what.count("/") <= 1 and not _is_run(what, output_dir):
         return what
     return find_checkpoint(what, output_dir)
 

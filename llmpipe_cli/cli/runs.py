@@ -182,7 +182,7 @@ def timeline(
         return
     out = console.stdout()
     out.print(drawing.render(shown, out.width), soft_wrap=True)
-    out.print(drawing.describe(facts), soft_wrap=True)
+    out.print(drawing.describe(facts), soft_wrap=not out.is_terminal)
 
 
 def _progress(run: RunDirectory) -> Progress:
