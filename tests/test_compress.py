@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from llmpipe_cli.cli.app import app
 from llmpipe_cli.errors import UsageError
-from llmpipe_cli.model.compress import load_plain, prune_mlp, quantize_directory, save_plain, weights_bytes
+from llmpipe_cli.model.compress import load_plain, quantize_directory, save_plain, weights_bytes
+from llmpipe_cli.model.pruning import prune_heads, prune_mlp, prune_weights
 
 MODELS = {
     "llama": ("LlamaForCausalLM", {"num_key_value_heads": 2}),
@@ -147,8 +148,62 @@ def test_fewer_neurons(kind: str, tmp_path: Path) -> None:
     assert torch.allclose(logits(again), logits(zeroed), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_fewer_heads(kind: str, tmp_path: Path) -> None:
+    source, out = make(kind, tmp_path), tmp_path / "out"
+    model = load_plain(source)
+    assert prune_heads(model, 0.5) == (4, 2)
+    save_plain(model, source, out)
+    assert weights_bytes(out) < 0.9 * weights_bytes(source)
+    again, silenced = reload(out), reload(source)
+    assert again.config.num_attention_heads == 2
+    # The same as the whole model whose removed heads, with the smallest product of norms, add nothing.
+    names = [name.rpartition(".")[0] for name, _ in silenced.named_modules() if name.endswith((".o_proj", ".o"))]
+    assert len(names) == (6 if kind == "t5" else 2)
+    o, v = ("o_proj", "v_proj") if kind == "llama" else ("o", "v")
+    num_groups = 2 if kind == "llama" else 4
+    removed_by_stack: dict[str, set[tuple[int, ...]]] = {}
+    for name in names:
+        out_of, kept = silenced.get_submodule(f"{name}.{o}").weight, again.get_submodule(f"{name}.{o}").weight
+        heads = out_of.detach().T.reshape(num_groups, -1, out_of.shape[0])
+        columns = {tuple(column) for column in kept.T.tolist()}
+        is_kept = torch.tensor([tuple(head[0].tolist()) in columns for head in heads])
+        assert is_kept.sum() == num_groups // 2
+        values = silenced.get_submodule(f"{name}.{v}").weight.detach().reshape(num_groups, -1)
+        strength = heads.flatten(1).norm(dim=1) * values.norm(dim=1)
+        if kind == "llama":
+            assert strength[is_kept].min() >= strength[~is_kept].max()
+        stack = f"{name.partition('.')[0]}.{name.rpartition('.')[2]}"
+        removed_by_stack.setdefault(stack, set()).add(tuple(is_kept.tolist()))
+        heads[~is_kept] = 0.0
+        out_of.data.copy_(heads.reshape(-1, out_of.shape[0]).T)
+    if kind == "t5":  # layers that share a position bias by head keep the same heads
+        assert len(removed_by_stack["encoder.SelfAttention"]) == len(removed_by_stack["decoder.SelfAttention"]) == 1
+    assert torch.allclose(logits(again), logits(silenced), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_fewer_weights(kind: str, tmp_path: Path) -> None:
+    source, out = make(kind, tmp_path), tmp_path / "out"
+    model = load_plain(source)
+    before, after = prune_weights(model, 0.4)
+    assert before < 0.001
+    assert after == pytest.approx(0.4, abs=1e-4)
+    save_plain(model, source, out)
+    original, again = dict(reload(source).named_parameters()), dict(reload(out).named_parameters())
+    num_pruned = 0
+    for name, weight in again.items():
+        expected = original[name].detach().clone()
+        if weight.dim() == 2 and (".layers." in name or ".h." in name):
+            num_smallest = round(0.4 * expected.numel())
+            expected.view(-1)[expected.abs().flatten().topk(num_smallest, largest=False).indices] = 0.0
+            num_pruned += 1
+        assert torch.equal(weight, expected), name
+    assert num_pruned == (14 if kind == "llama" else 8)
+
+
 def test_refusals(tmp_path: Path) -> None:
-    gpt2 = make("gpt2", tmp_path)
+    gpt2, bert = make("gpt2", tmp_path), make("bert", tmp_path)
     adapters, pickled = tmp_path / "adapters", tmp_path / "pickled"
     for folder, name in ((adapters, "adapter_config.json"), (pickled, "config.json")):
         folder.mkdir()
@@ -161,6 +216,9 @@ def test_refusals(tmp_path: Path) -> None:
         ([str(gpt2), out, "--quantize", "int8"], "most weights of this gpt2"),
         ([str(gpt2), out, "--prune-mlp", "1.5"], "between 0 and 1"),
         ([str(gpt2), out, "--prune-mlp", "0.001"], "less than the 8"),
+        ([str(gpt2), out, "--prune-heads", "0.5"], "attention heads of gpt2 cannot be removed"),
+        ([str(bert), out, "--prune-heads", "0.5"], "attention heads of bert cannot be removed"),
+        ([str(gpt2), out, "--prune-weights", "0"], "between 0 and 1"),
         ([str(adapters), out, "--quantize", "int8"], "LoRA adapters"),
         ([str(pickled), out, "--prune-mlp", "0.5"], "safetensors"),
     ]:
@@ -197,12 +255,15 @@ def test_report_with_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("LLMPIPE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     arguments = ["compress", str(source), str(tmp_path / "out"), "--quantize", "int8", "--prune-mlp", "0.25"]
+    arguments += ["--prune-heads", "0.5", "--prune-weights", "0.3"]
     result = CliRunner().invoke(app, [*arguments, "--recipe", str(tmp_path / "r.yaml"), "--json"])
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "compression.json").read_text())
     assert json.loads(result.stdout) == report
     assert report["bytes"]["ratio"] < 0.30
     assert report["neurons"] == {"before": 256, "after": 192}
+    assert report["heads"] == {"before": 4, "after": 2}
+    assert report["zeros"]["after"] == pytest.approx(0.3, abs=1e-3)
     assert report["tokens_per_second"]["after"] > 0
     assert report["metrics"]["loss"]["before"] != report["metrics"]["loss"]["after"]
     assert report["metrics"]["loss"]["after"] == pytest.approx(report["metrics"]["loss"]["before"], rel=0.5)

@@ -34,6 +34,14 @@ def compress(
         float | None,
         typer.Option("--prune-mlp", metavar="SHARE", help="Remove this share of the feed-forward neurons: 0.25."),
     ] = None,
+    prune_heads: Annotated[
+        float | None,
+        typer.Option("--prune-heads", metavar="SHARE", help="Remove this share of the attention heads: 0.25."),
+    ] = None,
+    prune_weights: Annotated[
+        float | None,
+        typer.Option("--prune-weights", metavar="SHARE", help="Set this share of each layer's weights to zero: 0.5."),
+    ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option("--recipe", metavar="RECIPE", help="Measure on its validation data, before and after."),
@@ -43,14 +51,17 @@ def compress(
     output_dir: OutputDirOption = Path("runs"),
     as_json: JsonOption = False,
 ) -> None:
-    """Make a model smaller: integer weights, fewer neurons. Size, speed and metric before and after."""
+    """Make a model smaller: integer weights, fewer neurons, heads or weights; says size, speed and metric."""
     from llmpipe_cli.cli.models import find_model
 
     if quantize not in (None, "int8", "int4"):
         raise UsageError("--quantize is int8 or int4", where=f"--quantize {quantize}")
-    if prune_mlp is not None and not 0 < prune_mlp < 1:
-        raise UsageError("--prune-mlp is a share between 0 and 1", where=f"--prune-mlp {prune_mlp:g}")
-    if quantize is None and prune_mlp is None:
+    shares = {"mlp": prune_mlp, "heads": prune_heads, "weights": prune_weights}
+    wanted = {name: share for name, share in shares.items() if share is not None}
+    for name, share in wanted.items():
+        if not 0 < share < 1:
+            raise UsageError(f"--prune-{name} is a share between 0 and 1", where=f"--prune-{name} {share:g}")
+    if quantize is None and not wanted:
         raise UsageError("there is nothing to do", hint="--quantize int8, --prune-mlp 0.25, or both")
     if set_ and recipe is None:
         raise UsageError("--set changes a recipe, and there is none", where=f"--set {set_[0]}", hint="add --recipe")
@@ -59,7 +70,7 @@ def compress(
     if not found.is_dir():
         raise UsageError("there is no model directory of this name", where=checkpoint, hint="download it first")
     with launch_options(devices, as_json=as_json) as options:
-        report = _compress(found, out, quantize, prune_mlp, loaded, options)
+        report = _compress(found, out, quantize, wanted, loaded, options)
     write_json(out / REPORT_FILE, report)
     if as_json:
         console.print_json(report)
@@ -74,12 +85,13 @@ def _compress(
     source: Path,
     out: Path,
     quantize: str | None,
-    share: float | None,
+    shares: dict[str, float],
     loaded: LoadedRecipe | None,
     options: jobs.LaunchOptions,
 ) -> dict[str, Any]:
     """Write `out`; the report of what was done and of what came of it."""
     from llmpipe_cli.model import compress as model_compress
+    from llmpipe_cli.model import pruning
 
     model_compress.check_out(out)
     if quantize is not None:
@@ -90,11 +102,18 @@ def _compress(
         before = after = model_compress.load_plain(source)
         metrics_before = None if loaded is None else _evaluate(loaded, source, options)
         with console.working("compressing"):
-            if share is not None:
-                after = model_compress.load_plain(source)
-                report["neurons"] = dict(zip(("before", "after"), model_compress.prune_mlp(after, share), strict=True))
+            if shares:
+                pruned = model_compress.load_plain(source)
+                for name, figure, prune in (
+                    ("mlp", "neurons", pruning.prune_mlp),
+                    ("heads", "heads", pruning.prune_heads),
+                    ("weights", "zeros", pruning.prune_weights),
+                ):
+                    if name in shares:
+                        report[figure] = dict(zip(("before", "after"), prune(pruned, shares[name]), strict=True))
                 plain = out if quantize is None else Path(folder) / "pruned"
-                model_compress.save_plain(after, source, plain)
+                model_compress.save_plain(pruned, source, plain)
+                after = model_compress.load_plain(plain)
             if quantize is not None:
                 done = model_compress.quantize_directory(plain, out, int(quantize.removeprefix("int")))
                 report["quantized"] = {"weights": quantize, **vars(done)}

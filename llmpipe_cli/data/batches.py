@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from llmpipe_cli.data.dataset import Samples
-from llmpipe_cli.data.order import SampleOrder
+from llmpipe_cli.data.dataset import MixedSamples, Samples
+from llmpipe_cli.data.order import MixtureOrder, SampleOrder
 from llmpipe_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,7 +54,11 @@ class BatchPlan:
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.seed = seed
-        self.order = SampleOrder(len(samples), seed, shuffle)
+        self.order: SampleOrder | MixtureOrder = (
+            MixtureOrder(samples.sizes, samples.split.draws, seed)
+            if isinstance(samples, MixedSamples)
+            else SampleOrder(len(samples), seed, shuffle)
+        )
 
     @property
     def num_micro_batches(self) -> int:

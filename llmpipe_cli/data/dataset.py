@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from llmpipe_cli.data.bins import best_fit
 from llmpipe_cli.data.prepared import PreparedSplit
 from llmpipe_cli.data.store import Documents
 
@@ -33,16 +35,20 @@ class Samples(ABC):
 
 def open_split(split: PreparedSplit) -> Samples:
     """Opens a split that `prepare` wrote."""
+    if split.kind == "mixture":
+        return MixedSamples(split)
     if split.kind == "packed":
         return PackedSamples(split)
+    if split.kind == "bins":
+        return BinnedSamples(split)
     if split.kind == "records":
         return RecordSamples(split)
     return SyntheticSamples(split)
 
 
 class PackedSamples(Samples):
-    """Consecutive blocks of `sequence_len` tokens: `input_ids` and any column beside it, int64 [sequence_len] (shorter
-    only where the whole split is shorter than a block)."""
+    """Consecutive blocks of `sequence_len` tokens: `input_ids`, any column beside it, and `positions`, which begin at 0
+    with each document and with the block; int64 [sequence_len] (shorter only where the whole split is shorter)."""
 
     def __init__(self, split: PreparedSplit) -> None:
         self.split = split
@@ -55,7 +61,18 @@ class PackedSamples(Samples):
         start = index * self.split.sequence_len
         stop = start + self.split.sequence_len
         columns = self.documents.meta.columns
-        return {name: self.documents.tokens[name][start:stop].astype(np.int64) for name in columns}
+        sample = {name: self.documents.tokens[name][start:stop].astype(np.int64) for name in columns}
+        return sample | {"positions": self._positions(start, start + len(sample["input_ids"]))}
+
+    def _positions(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Place of each token within its document, as far as that lies in [start, stop)."""
+        assert self.documents is not None
+        starts = self.documents.starts["input_ids"]
+        # not numpy's search, which would copy the whole column out of the mapped table
+        first, last = bisect_right(starts, start), bisect_right(starts, stop - 1)
+        begins = np.concatenate([[start], starts[first:last]]).astype(np.int64)
+        places = np.arange(start, stop)
+        return places - begins[np.searchsorted(begins, places, side="right") - 1]
 
 
 class RecordSamples(Samples):
@@ -66,10 +83,14 @@ class RecordSamples(Samples):
         self.documents = Documents(Path(split.directory))
 
     def __getitem__(self, index: int) -> Sample:
-        documents = self.documents
-        assert documents is not None
         if not 0 <= index < len(self):
             raise IndexError(index)
+        return self.record(index)
+
+    def record(self, index: int) -> Sample:
+        """Document `index`."""
+        documents = self.documents
+        assert documents is not None
         sample: Sample = {}
         for name in documents.meta.columns:
             start = int(documents.starts[name][index])
@@ -81,6 +102,40 @@ class RecordSamples(Samples):
         if documents.labels is not None:
             sample["label"] = np.asarray(documents.labels[index], np.int64)
         return sample
+
+
+class BinnedSamples(RecordSamples):
+    """Several whole documents a sample, `sequence_len` tokens at most: the columns of `RecordSamples` one after the
+    other, and `positions`, which begin at 0 with each document; int64 [n]."""
+
+    def __init__(self, split: PreparedSplit) -> None:
+        super().__init__(split)
+        assert self.documents is not None
+        self.bins = best_fit(self.documents.counts["input_ids"], split.sequence_len)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        parts = [self.record(document) for document in self.bins[index]]
+        positions = [np.arange(len(part["input_ids"])) for part in parts]
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return joined | {"positions": np.concatenate(positions)}
+
+
+class MixedSamples(Samples):
+    """The samples of several sources, counted through one after the other."""
+
+    def __init__(self, split: PreparedSplit) -> None:
+        self.split = split
+        self.parts = [open_split(part) for part in split.parts]
+        self.sizes = [len(part) for part in self.parts]
+        self._stops = np.cumsum(self.sizes)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = int(np.searchsorted(self._stops, index, side="right"))
+        return self.parts[part][index - (int(self._stops[part]) - self.sizes[part])]
 
 
 class SyntheticSamples(Samples):

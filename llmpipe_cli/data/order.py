@@ -10,6 +10,7 @@ nothing but a number. No library's random generator is involved: the order stays
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -35,15 +36,16 @@ class SampleOrder:
 
     def indices(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Sample indices at positions [start, stop), int64 [stop - start]; positions run on into later epochs."""
-        parts = []
-        position = start
-        while position < stop:
-            epoch, first = divmod(position, self.num_samples)
-            last = min(self.num_samples, first + stop - position)
-            offsets = np.arange(first, last, dtype=np.uint64)
-            parts.append(self._permute(offsets, epoch) if self.shuffle else offsets)
-            position += last - first
-        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+        return self.at(np.arange(start, stop))
+
+    def at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Sample indices at any positions, int64 [n]."""
+        epochs, offsets = np.divmod(positions, self.num_samples)
+        found = offsets.astype(np.int64)
+        for epoch in np.unique(epochs).tolist() if self.shuffle else ():
+            chosen = epochs == epoch
+            found[chosen] = self._permute(offsets[chosen].astype(np.uint64), epoch).astype(np.int64)
+        return found
 
     def _permute(self, offsets: npt.NDArray[np.uint64], epoch: int) -> npt.NDArray[np.uint64]:
         if self.num_samples == 1:
@@ -56,6 +58,44 @@ class SampleOrder:
             values[outside] = _feistel(values[outside], half_bits, keys)
             outside = values >= self.num_samples
         return values
+
+
+class MixtureOrder:
+    """The stream of sample indices over several sources that are drawn in given numbers an epoch.
+
+    Each place of an epoch belongs to a source; a permutation of the places mixes them. The k-th place of a source reads
+    on in that source's own endless stream, from epoch to epoch, so no sample comes again before all others of its
+    source have come.
+
+    Args:
+        sizes: samples of each source; indices count through the sources one after the other.
+        draws: samples of each source in one epoch.
+        seed: decides the order.
+    """
+
+    def __init__(self, sizes: Sequence[int], draws: Sequence[int], seed: int) -> None:
+        self.places = SampleOrder(sum(draws), seed)
+        self.draws = list(draws)
+        self.first_place = np.cumsum([0, *draws])
+        self.first_sample = np.cumsum([0, *sizes])
+        # keys of their own: with those of the places, sources of equal sizes would be drawn in equal orders
+        self.streams = [SampleOrder(size, _source_seed(seed, index)) for index, size in enumerate(sizes)]
+
+    def indices(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Sample indices at positions [start, stop), int64 [stop - start]; positions run on into later epochs."""
+        slots = self.places.indices(start, stop)
+        epochs = np.arange(start, stop) // self.places.num_samples
+        sources = np.searchsorted(self.first_place, slots, side="right") - 1
+        found = np.empty(stop - start, np.int64)
+        for source in np.unique(sources).tolist():
+            chosen = sources == source
+            own = epochs[chosen] * self.draws[source] + slots[chosen] - self.first_place[source]
+            found[chosen] = self.first_sample[source] + self.streams[source].at(own)
+        return found
+
+
+def _source_seed(seed: int, index: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"source {seed} {index}".encode(), digest_size=7).digest(), "little")
 
 
 def _round_keys(seed: int, epoch: int) -> npt.NDArray[np.uint64]:

@@ -20,8 +20,10 @@ from llmpipe_cli.data.augment import Augmenter
 from llmpipe_cli.data.cache import cached_folder, default_cache_dir, fingerprint
 from llmpipe_cli.data.cleaning import Cleaner
 from llmpipe_cli.data.folds import count_records, in_fold
+from llmpipe_cli.data.held_out import HeldOut
+from llmpipe_cli.data.mixture import ChainedSource, draws_an_epoch
 from llmpipe_cli.data.prepared import PreparedData, PreparedSplit
-from llmpipe_cli.data.sources import Fields, Record, SkipLog, Source, open_source
+from llmpipe_cli.data.sources import NUM_KEPT_EXAMPLES, Fields, Record, SkipLog, Source, open_source
 from llmpipe_cli.data.tokenizer import TokenizerInfo, prepare_tokenizer
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.recipe.schema import DataSource, Recipe
@@ -31,7 +33,7 @@ __all__ = ["PreparedData", "PreparedSplit", "prepare"]
 
 Progress = Callable[[str, int, int | None], None]
 
-_VERSION = 2  # of everything that decides a split's contents and is not in its fingerprint: raise it on change
+_VERSION = 3  # of everything that decides a split's contents and is not in its fingerprint: raise it on change
 _SYNTHETIC_SAMPLES = {"train": 1 << 20, "validation": 64}
 _SYNTHETIC_LABELS = 2
 
@@ -68,7 +70,9 @@ def count_documents(recipe: Recipe, base_dir: Path) -> int:
     preparation.recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"augment": None})})
     options = feature_options(recipe.task, recipe.data, preparation.train, end_of_text=None, training=True)
     log = SkipLog(preparation.train.on_error)
-    return count_records(preparation._records("train", record_fields(options), log, "counting documents"))
+    source, limit = preparation.sources["train"], preparation.train.max_documents
+    records = preparation._records("train", source, record_fields(options), log, "counting documents", limit)
+    return count_records(records)
 
 
 class _Preparation:
@@ -101,12 +105,38 @@ class _Preparation:
             self.validation = self.train
         if fold is not None:
             self.held_out, self.validation = None, self.train
+        if fold is not None and self.train is not None and self.train.mixture is not None:
+            raise UsageError(
+                "a mixture of sources cannot be divided into folds",
+                where="data.train.mixture",
+                hint="cross-validate on one source",
+            )
         self.sources: dict[str, Source] = {}
+        self._parts: list[tuple[DataSource, Source]] = []
+        """The sources of the training data, if it is a mixture."""
+        self._held_out: HeldOut | None = None
         for name, section in (("train", self.train), ("validation", self.validation)):
             if section is not None and section is self.train and "train" in self.sources:
                 self.sources[name] = self.sources["train"]
             elif section is not None and not section.synthetic:
-                self.sources[name] = open_source(section, base_dir, where=f"data.{name}", default_split=name)
+                self.sources[name] = self._open(section, name)
+
+    def _open(self, section: DataSource, name: str) -> Source:
+        where = f"data.{name}"
+        if section.mixture is None:
+            return open_source(section, self.base_dir, where=where, default_split=name)
+        parts = [
+            (part, open_source(part, self.base_dir, where=f"{where}.mixture.{index}", default_split=name))
+            for index, part in enumerate(section.mixture)
+        ]
+        if section is self.train:
+            self._parts = parts
+        return ChainedSource(parts, self._fields)
+
+    def _fields(self, section: DataSource) -> Fields:
+        return record_fields(
+            feature_options(self.recipe.task, self.recipe.data, section, end_of_text=None, training=True)
+        )
 
     def run(self) -> PreparedData:
         if self.train is None and self.validation is None:
@@ -123,15 +153,19 @@ class _Preparation:
             special_token_ids=tokenizer.special_token_ids if tokenizer else {},
             all_special_ids=tokenizer.all_special_ids if tokenizer else [],
             token_types=tokenizer.token_types if tokenizer else False,
-            packing=self.recipe.data.packing,
+            packing=self.recipe.packs,
+            block_attention=self.recipe.blocks_attention,
             multi_label=self.recipe.data.multi_label,
             whole_word_masking=self.recipe.data.whole_word_masking,
             scoring=_scoring(self.recipe),
         )
         label_names = None if self.train else _pretrained_label_names(self.recipe, self.base_dir)
         if self.train is not None:
-            data.train = self._split("train", self.train, tokenizer, vocab_size, None)
-            label_names = self._label_names(data.train)
+            if self._parts:
+                data.train = self._mixture(self.train, tokenizer, vocab_size)
+            else:
+                data.train = self._split("train", self.train, tokenizer, vocab_size, None)
+            label_names = self._label_names(data.train.parts[0] if data.train.parts else data.train)
         if self.validation is not None:
             data.validation = self._split("validation", self.validation, tokenizer, vocab_size, label_names)
             label_names = label_names or self._label_names(data.validation)
@@ -160,19 +194,64 @@ class _Preparation:
         fields = record_fields(options)
 
         def texts() -> Iterator[str]:
-            for record in self._records(name, fields, SkipLog(section.on_error), "training the tokenizer"):
+            log, doing = SkipLog(section.on_error), "training the tokenizer"
+            for record in self._records(name, source, fields, log, doing, section.max_documents):
                 yield from record.texts
 
         identity = {
             "source": source.identity(),
             "task": self.recipe.task,
             "fields": [*fields.texts, fields.label],
-            "held_out": self.held_out,
+            "held_out": [self.held_out, self._stratified],
             "fold": self.fold,
             "max_documents": section.max_documents,
             **self._changes("train"),
         }
         return prepare_tokenizer(self.recipe, self.base_dir, self.cache_dir, texts, identity)
+
+    def _mixture(self, section: DataSource, tokenizer: TokenizerInfo | None, vocab_size: int) -> PreparedSplit:
+        """The training data of several sources: a split each, and how many of its samples an epoch has."""
+        chained, options = (
+            self.sources["train"],
+            feature_options(self.recipe.task, self.recipe.data, self._parts[0][0], end_of_text=None, training=True),
+        )
+        names = None
+        if options.label is not None:
+            names = chained.label_names(options.label) or self._find_labels("train", section, chained, options)
+        splits = []
+        for index, (part, source) in enumerate(self._parts):
+            split = self._split("train", part, tokenizer, vocab_size, names, source=source)
+            origin = part.dataset or " ".join([part.files] if isinstance(part.files, str) else part.files or [])
+            splits.append(split.model_copy(update={"origin": origin or f"source {index}"}))
+        sizes = [split.num_samples for split in splits]
+        weights = [part.weight for part, _ in self._parts if part.weight is not None]
+        draws = draws_an_epoch(sizes, weights or None)
+        totals = {
+            field: sum(getattr(split, field) for split in splits)
+            for field in ("num_documents", "num_tokens", "num_words", "num_bytes", "num_skipped", "num_truncated")
+        }
+        examples = {
+            field: [each for split in splits for each in getattr(split, field)][:NUM_KEPT_EXAMPLES]
+            for field in ("skipped_examples", "truncated_examples")
+        }
+        drawn = [
+            [count * drawn / split.num_samples for count in split.label_counts]
+            for split, drawn in zip(splits, draws, strict=True)
+        ]
+        return splits[0].model_copy(
+            update={
+                "kind": "mixture",
+                "directory": "",
+                "origin": "",
+                "fingerprint": fingerprint({"parts": [split.fingerprint for split in splits], "draws": draws}),
+                "num_samples": sum(sizes),
+                "label_counts": [round(sum(counts)) for counts in zip(*drawn, strict=True)],
+                "parts": splits,
+                "draws": draws,
+                **totals,
+                **examples,
+            }
+        )
 
     def _split(
         self,
@@ -181,20 +260,22 @@ class _Preparation:
         tokenizer: TokenizerInfo | None,
         vocab_size: int,
         label_names: list[str] | None,
+        source: Source | None = None,
     ) -> PreparedSplit:
         if section.synthetic:
             return self._synthetic(name, section, vocab_size)
         assert tokenizer is not None
+        source = source or self.sources[name]
         options = feature_options(
             self.recipe.task, self.recipe.data, section, end_of_text=tokenizer.end_of_text, training=name == "train"
         )
         _check_special_tokens(tokenizer, options, training=name == "train")
         identity = {
             "version": _VERSION,
-            "source": self.sources[name].identity(),
+            "source": source.identity(),
             "options": asdict(options),
             "tokenizer": tokenizer.fingerprint,
-            "held_out": self.held_out if self.held_out is None else [name, self.held_out],
+            "held_out": self._held_out_identity(name),
             "fold": self.fold if self.fold is None else [name, *self.fold],
             "max_documents": section.max_documents,
             **self._changes(name),
@@ -203,7 +284,7 @@ class _Preparation:
         }
         folder = cached_folder(
             self.cache_dir / "data" / fingerprint(identity),
-            lambda directory: self._fill(directory, name, section, options, tokenizer, label_names),
+            lambda directory: self._fill(directory, name, section, source, options, tokenizer, label_names),
         )
         return self._describe(name, folder, options, vocab_size)
 
@@ -212,6 +293,7 @@ class _Preparation:
         folder: Path,
         name: str,
         section: DataSource,
+        source: Source,
         options: FeatureOptions,
         tokenizer: TokenizerInfo,
         label_names: list[str] | None,
@@ -222,9 +304,9 @@ class _Preparation:
         skipped = SkipLog(section.on_error)
         labels = None
         if options.label is not None:
-            known = label_names or self.sources[name].label_names(options.label)
+            known = label_names or source.label_names(options.label)
             if known is None and options.names_labels_first:
-                known = self._find_labels(name, options)
+                known = self._find_labels(name, section, source, options)
             labels = _Labels(known, fixed=label_names is not None or options.names_labels_first)
             if options.names_labels_first:
                 options = replace(options, label_names=tuple(known or ()))
@@ -235,13 +317,15 @@ class _Preparation:
             separated=options.separator is not None,
             labelled=labels is not None and not options.names_labels_first,
         )
-        records = self._records(name, record_fields(options), skipped, f"tokenising {name} data")
+        records = self._records(
+            name, source, record_fields(options), skipped, f"tokenising {name} data", section.max_documents
+        )
         if labels is not None:
             records = labels.checked(records, skipped)
         label_id = labels.number if labels is not None and not options.names_labels_first else None
         truncated = tokenise(records, options, tokenizer.directory, writer, label_id, self._too_long(section, skipped))
         if writer.num_documents == 0:
-            raise self._no_documents(name, skipped)
+            raise self._no_documents(name, source, skipped)
         # Both splits of one source meet the same malformed records: they are counted with the training data alone.
         count = not (name == "validation" and (self.held_out is not None or self.fold is not None))
         final_names, final_ids = labels.sorted() if labels is not None else (None, None)
@@ -263,33 +347,35 @@ class _Preparation:
             return SkipLog("skip", parent=skipped)
         return SkipLog("stop") if section.on_too_long == "stop" else skipped
 
-    def _find_labels(self, name: str, options: FeatureOptions) -> list[str]:
+    def _find_labels(self, name: str, section: DataSource, source: Source, options: FeatureOptions) -> list[str]:
         """All labels of a split, sorted: a first reading of its records."""
-        section = self.train if name == "train" else self.validation
-        assert section is not None
         found = _Labels(None, fixed=False)
-        for record in self._records(name, record_fields(options), SkipLog("skip"), "looking for labels"):
-            for label in record.labels:
+        fields, doing = record_fields(options), "looking for labels"
+        for record in self._records(name, source, fields, SkipLog("skip"), doing, section.max_documents):
+            for label in record.labels if record.label is None else (str(record.label),):
                 found.ids.setdefault(label, len(found.ids))
         if not found.ids:
             raise UsageError("there is no label at all", where=f"data.{name}")
         return found.sorted()[0]
 
-    def _records(self, name: str, fields: Fields, skipped: SkipLog, doing: str) -> Iterator[Record]:
+    def _records(
+        self,
+        name: str,
+        source: Source,
+        fields: Fields,
+        skipped: SkipLog,
+        doing: str,
+        max_documents: int | None = None,
+    ) -> Iterator[Record]:
         """The records of a split; of one source with a held-out share, those on this split's side."""
-        section = self.train if name == "train" else self.validation
-        assert section is not None
-        source = self.sources[name]
-        source.position_bytes = 0
+        records = self._cleaned(source, fields, skipped, max_documents)
         next_report = 0
-        records = source.records(fields, skipped, section.max_documents)
-        if self.recipe.data.clean is not None:
-            records = Cleaner(self.recipe.data.clean).records(records, skipped)
         if self.fold is not None:
             records = in_fold(records, *self.fold, validation=name == "validation")
         elif self.held_out is not None:
-            fraction = self.held_out
-            records = (each for each in records if _is_held_out(each, fraction) == (name == "validation"))
+            held_out = self._find_held_out()
+            source.position_bytes = 0
+            records = (each for each in records if (each in held_out) == (name == "validation"))
         if self.recipe.data.augment is not None and name == "train":
             records = Augmenter(self.recipe.data.augment, self.base_dir).records(records)
         for record in records:
@@ -300,6 +386,39 @@ class _Preparation:
         if self.progress:
             self.progress(doing, source.position_bytes, source.position_bytes)
 
+    def _cleaned(self, source: Source, fields: Fields, skipped: SkipLog, max_documents: int | None) -> Iterator[Record]:
+        source.position_bytes = 0
+        records = source.records(fields, skipped, max_documents)
+        if self.recipe.data.clean is not None:
+            records = Cleaner(self.recipe.data.clean).records(records, skipped)
+        return records
+
+    @property
+    def _stratified(self) -> bool:
+        """Whether each class is held out of by itself: classes are those of one label a text."""
+        section = self.recipe.data.validation
+        one_label = self.recipe.task == "classification" and not self.recipe.data.multi_label
+        return self.held_out is not None and section is not None and section.stratify and one_label
+
+    def _find_held_out(self) -> HeldOut:
+        """The held-out side, found once: with classes in a first reading of all training documents."""
+        if self._held_out is None:
+            assert self.held_out is not None
+            assert self.train is not None
+            records = None
+            if self._stratified:
+                fields = self._fields(self.train)
+                records = self._cleaned(self.sources["train"], fields, SkipLog("skip"), self.train.max_documents)
+            self._held_out = HeldOut(self.held_out, records)
+        return self._held_out
+
+    def _held_out_identity(self, name: str) -> list[Any] | None:
+        """What decides a split's side; with classes that is all of a mixture's documents."""
+        if self.held_out is None:
+            return None
+        identity: list[Any] = [name, self.held_out, self._stratified]
+        return [*identity, self.sources["train"].identity()] if self._stratified and self._parts else identity
+
     def _changes(self, name: str) -> dict[str, Any]:
         """What the recipe changes in texts, for fingerprints."""
         clean, augment = self.recipe.data.clean, self.recipe.data.augment
@@ -308,7 +427,7 @@ class _Preparation:
             "augment": augment.model_dump() if augment is not None and name == "train" else None,
         }
 
-    def _no_documents(self, name: str, skipped: SkipLog) -> UsageError:
+    def _no_documents(self, name: str, source: Source, skipped: SkipLog) -> UsageError:
         where = f"data.{name}"
         if self.held_out is not None and not skipped.num_skipped:
             return UsageError(
@@ -322,7 +441,7 @@ class _Preparation:
                 where=where,
                 hint=f"the first: {skipped.examples[0]}",
             )
-        return UsageError(f"there is no document in {self.sources[name].describe()}", where=where)
+        return UsageError(f"there is no document in {source.describe()}", where=where)
 
     def _describe(self, name: str, folder: Path, options: FeatureOptions, vocab_size: int) -> PreparedSplit:
         from llmpipe_cli.data.store import TOKEN_COLUMNS, read_meta
@@ -331,11 +450,14 @@ class _Preparation:
         length = self.recipe.data.sequence_len
         target_length = self.recipe.data.target_sequence_len or length
         # A causal model is always scored on consecutive blocks, so that the figure does not depend on `packing`.
-        packed = (options.task in ("causal-lm", "masked-lm") and self.recipe.data.packing) or (
+        packed = (options.task in ("causal-lm", "masked-lm") and self.recipe.packs) or (
             options.task == "causal-lm" and name == "validation"
         )
+        binned = options.task == "chat" and self.recipe.packs and name == "train"  # scores are those of conversations
         num_tokens = sum(count for column, count in meta.num_tokens.items() if column in TOKEN_COLUMNS)
         num_samples = num_tokens // length if packed else meta.num_documents
+        if binned:
+            num_samples = _count_bins(folder, length)
         if packed and num_samples == 0:
             if name == "train":
                 raise UsageError(
@@ -347,9 +469,9 @@ class _Preparation:
         num_truncated = meta.num_truncated
         if not packed and options.max_length is None:
             num_truncated = _count_longer(folder, length)
-        shape = f"{meta.digest} {packed} {length} {target_length}"
+        shape = f"{meta.digest} {'bins' if binned else packed} {length} {target_length}"
         return PreparedSplit(
-            kind="packed" if packed else "records",
+            kind="packed" if packed else "bins" if binned else "records",
             directory=str(folder),
             fingerprint=fingerprint({"samples": shape}),
             task=options.task,
@@ -509,16 +631,18 @@ def _check_special_tokens(tokenizer: TokenizerInfo, options: FeatureOptions, *, 
         )
 
 
-def _is_held_out(record: Record, fraction: float) -> bool:
-    """A document's side depends on its content alone: copies of a text never lie on both sides."""
-    return int.from_bytes(record.digest[:8], "big") < fraction * 2**64
-
-
 def _count_longer(folder: Path, length: int) -> int:
     from llmpipe_cli.data.store import Documents
 
     documents = Documents(folder)
     return int((documents.counts["input_ids"] + int(documents.meta.separated) > length).sum())
+
+
+def _count_bins(folder: Path, length: int) -> int:
+    from llmpipe_cli.data.bins import best_fit
+    from llmpipe_cli.data.store import Documents
+
+    return len(best_fit(Documents(folder).counts["input_ids"], length))
 
 
 def _model_vocab_size(recipe: Recipe) -> int:

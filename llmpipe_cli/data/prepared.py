@@ -10,8 +10,9 @@ from pydantic import BaseModel
 class PreparedSplit(BaseModel):
     """Training or validation data, ready to be read by index."""
 
-    kind: Literal["packed", "records", "synthetic"]
-    """packed: samples are consecutive blocks of the token stream; records: one document a sample."""
+    kind: Literal["packed", "bins", "records", "synthetic", "mixture"]
+    """packed: samples are consecutive blocks of the token stream; bins: several whole documents; records: one document
+    a sample; mixture: those of `parts`."""
     directory: str
     """Folder of the arrays; empty for synthetic data."""
     fingerprint: str
@@ -35,7 +36,13 @@ class PreparedSplit(BaseModel):
     """The places of the first documents that were cut."""
     num_labels: int = 0
     label_counts: list[int] = []
-    """Classification: documents of each label."""
+    """Classification: documents of each label; of a mixture as often as an epoch draws them."""
+    parts: list[PreparedSplit] = []
+    """The sources of a mixture."""
+    draws: list[int] = []
+    """Samples of each source in one epoch of a mixture."""
+    origin: str = ""
+    """Of a source in a mixture: what the recipe says of it."""
 
 
 class PreparedData(BaseModel):
@@ -54,6 +61,8 @@ class PreparedData(BaseModel):
     token_types: bool = False
     """Whether the tokenizer tells the two texts of a pair apart."""
     packing: bool = True
+    block_attention: bool = False
+    """Whether tokens of a packed sample attend to their own document alone."""
     multi_label: bool = False
     class_weights: list[float] | None = None
     """Factor on the loss of each class."""

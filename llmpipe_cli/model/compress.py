@@ -1,7 +1,6 @@
-"""Smaller models: neurons removed from feed-forward layers, and weights as integers.
+"""Weights as integers, and how models are opened, saved and timed for `llmpipe compress`.
 
-Pruning drops the neurons whose weights are smallest, so matrices really shrink; the config says the new width, and the
-result is an ordinary model. Quantization keeps a weight as 8- or 4-bit integers with a scale a row (8 bits) or a scale
+Quantization keeps a weight as 8- or 4-bit integers with a scale a row (8 bits) or a scale
 a group of 32 weights (4 bits), rounded to nearest, symmetric, in the file format of compressed-tensors, which
 transformers opens. Activations stay floating-point numbers.
 """
@@ -20,9 +19,8 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.model.adapters import CONFIG_FILE as ADAPTER_CONFIG
@@ -30,7 +28,6 @@ from llmpipe_cli.model.merge import ASSET_PATTERNS
 from llmpipe_cli.model.weights import no_progress_bar
 
 _GROUP_SIZE = 32
-_NEURON_MULTIPLE = 8
 _INTEGERS = {"type": "int", "symmetric": True, "dynamic": False}
 # One scheme for all layers of a model: where transformers turns integers into numbers, it looks at one.
 _SCHEMES: dict[int, dict[str, Any]] = {
@@ -40,39 +37,6 @@ _SCHEMES: dict[int, dict[str, Any]] = {
         "format": "pack-quantized",
     },
 }
-# Layers into the neurons and the one out of them, by the names that transformers' models give them.
-_MLP_NAMES: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("gate_proj", "up_proj"), "down_proj"),
-    (("wi_0", "wi_1"), "wo"),
-    (("wi",), "wo"),
-    (("fc1",), "fc2"),
-    (("c_fc",), "c_proj"),
-    (("lin1",), "lin2"),
-    (("dense_h_to_4h",), "dense_4h_to_h"),
-    (("intermediate.dense",), "output.dense"),
-)
-_WIDTH_FIELDS = (
-    "intermediate_size",
-    "n_inner",
-    "ffn_dim",
-    "encoder_ffn_dim",
-    "decoder_ffn_dim",
-    "d_ff",
-    "hidden_dim",
-)
-
-
-@dataclass(frozen=True)
-class Mlp:
-    """One feed-forward block: layers into its neurons, and the layer out of them."""
-
-    name: str
-    ins: tuple[nn.Module, ...]
-    out: nn.Module
-
-    @property
-    def width(self) -> int:
-        return rows(self.ins[0]).shape[0]
 
 
 def load_plain(directory: Path) -> PreTrainedModel:
@@ -124,121 +88,6 @@ def save_plain(model: PreTrainedModel, source: Path, out: Path) -> None:
 def weights_bytes(directory: Path) -> int:
     """Size of all safetensors files."""
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-
-
-# ---------------------------------------------------------------------------------------------- pruning
-
-
-def prune_mlp(model: PreTrainedModel, share: float) -> tuple[int, int]:
-    """Remove the weakest neurons of every feed-forward layer, in place.
-
-    A neuron's strength is the product of the norms of its weights in and out: what it can add to the layer's result.
-    All layers keep the same number, a multiple of 8, as the config has one width for all.
-
-    Args:
-        model: changed, its config too.
-        share: of the neurons to remove, 0 < share < 1.
-
-    Returns:
-        Neurons a layer before and after.
-
-    Raises:
-        UsageError: feed-forward layers of a form that is not known, or of different widths.
-    """
-    kind = model.config.model_type
-    blocks = _find_mlps(model)
-    widths = {block.width for block in blocks}
-    fields = [name for name in _WIDTH_FIELDS if hasattr(model.config, name)]
-    if len(widths) != 1 or not fields:
-        raise UsageError(
-            f"the feed-forward layers of {kind} cannot be pruned",
-            hint="known are gated ones (Llama, Qwen, T5 1.1) and plain ones (GPT-2, BERT, OPT, BART, T5)",
-        )
-    width = widths.pop()
-    kept = max(_NEURON_MULTIPLE, round(width * (1 - share) / _NEURON_MULTIPLE) * _NEURON_MULTIPLE)
-    if kept >= width:
-        raise UsageError(f"{share:g} of {width} neurons is less than the {_NEURON_MULTIPLE} that go together")
-    for block in blocks:
-        chosen = _strengths(block).topk(kept).indices.sort().values
-        for layer in block.ins:
-            _keep(layer, chosen, out=True)
-        _keep(block.out, chosen, out=False)
-    for name in fields:
-        if getattr(model.config, name) in (width, None):
-            setattr(model.config, name, kept)
-    _check_shapes(model)
-    return width, kept
-
-
-def rows(layer: nn.Module) -> Tensor:
-    """A linear layer's weight as [out, in]; GPT-2's Conv1D keeps it the other way around."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight if isinstance(layer, nn.Linear) else weight.T
-
-
-def _find_mlps(model: PreTrainedModel) -> list[Mlp]:
-    """All feed-forward blocks: modules that have layers of the known names, with shapes that fit each other."""
-    blocks = []
-    for name, module in model.named_modules():
-        for ins, out in _MLP_NAMES:
-            found = [_layer(module, path) for path in (*ins, out)]
-            layers = [layer for layer in found if layer is not None]
-            if len(layers) < len(found):
-                continue
-            width = rows(layers[0]).shape[0]
-            if all(rows(layer).shape[0] == width for layer in layers[:-1]) and rows(layers[-1]).shape[1] == width:
-                blocks.append(Mlp(name, tuple(layers[:-1]), layers[-1]))
-                break
-    return blocks
-
-
-def _layer(module: nn.Module, path: str) -> nn.Module | None:
-    for part in path.split("."):
-        child = getattr(module, part, None)
-        if not isinstance(child, nn.Module):
-            return None
-        module = child
-    return module if isinstance(module, nn.Linear | Conv1D) else None
-
-
-def _strengths(block: Mlp) -> Tensor:
-    """[neurons]: norm of the weights in, of all layers together, times the norm of the weights out."""
-    with torch.no_grad():
-        squares = torch.stack([rows(layer).float().square().sum(1) for layer in block.ins]).sum(0)
-        return squares.sqrt() * rows(block.out).float().norm(dim=0)
-
-
-def _keep(layer: nn.Module, chosen: Tensor, *, out: bool) -> None:
-    """Keep some outputs (with their biases) or some inputs of a linear layer."""
-    weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, Tensor)
-    # [out, in] in nn.Linear, [in, out] in Conv1D
-    dim = (0 if out else 1) if isinstance(layer, nn.Linear) else (1 if out else 0)
-    layer.weight = nn.Parameter(weight.detach().index_select(dim, chosen).contiguous())
-    if out and isinstance(bias, Tensor):
-        layer.bias = nn.Parameter(bias.detach()[chosen].clone())
-    if isinstance(layer, nn.Linear):
-        layer.out_features, layer.in_features = layer.weight.shape
-    elif out and isinstance(layer, Conv1D):
-        layer.nf = len(chosen)
-
-
-def _check_shapes(model: PreTrainedModel) -> None:
-    """The config has to describe the model as it is now.
-
-    Raises:
-        UsageError: it does not, so nobody could open the result.
-    """
-    with torch.device("meta"):
-        described = type(model)(model.config)
-    shapes = {name: value.shape for name, value in described.state_dict().items()}
-    for name, value in model.state_dict().items():
-        if shapes.get(name) != value.shape:
-            raise UsageError(
-                f"the feed-forward layers of {model.config.model_type} cannot be pruned: its config cannot describe "
-                f"{name} of {list(value.shape)}"
-            )
 
 
 # ---------------------------------------------------------------------------------------------- quantization

@@ -110,7 +110,7 @@ def require_parity(config: PreTrainedConfig, task: str, *, attn_implementation: 
         NotSliceableError: cut into stages, a tiny model of the type gives other numbers than undivided.
     """
     task = "causal-lm" if task == "chat" else task
-    flags = tuple(sorted(_changed_flags(config).items()))
+    flags = tuple(sorted(changed_flags(config).items()))
     table = read_table()
     known = table["transformers"] == transformers.__version__
     row = table["tasks"].get(task, {}).get(config.model_type) if known else None
@@ -136,7 +136,7 @@ def _check_once(model_type: str, task: str, attn_implementation: str, flags: tup
         return check_type(model_type, task, attn_implementation=attn_implementation, **changes)
 
 
-def _changed_flags(config: PreTrainedConfig) -> dict[str, bool]:
+def changed_flags(config: PreTrainedConfig) -> dict[str, bool]:
     """Fields of a config that say yes or no otherwise than by default, and change what the forward computes."""
     return {
         field.name: value

@@ -18,6 +18,7 @@ from llmpipe_cli.engine.schedules import SCHEDULES, Placement
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.model.adapters import config_section, split_adapter
 from llmpipe_cli.model.auto import load_config, model_class, resolve_weights
+from llmpipe_cli.model.packing import require_block_attention
 from llmpipe_cli.model.parity import require_parity
 from llmpipe_cli.model.skeleton import build_skeleton
 from llmpipe_cli.model.slicing.trace import NotSliceableError, trace_config, whole_plan
@@ -107,6 +108,8 @@ def make_plan(
         if recipe.parallel.pipeline != 1:
             raise
         slice_plan = whole_plan(cls, config)
+    if data is not None and data.block_attention:
+        require_block_attention(config, attn_implementation=section.attn_implementation)
     weights = resolve_weights(section) if section.from_ is not None else None
     if weights is not None:
         weight_files(weights, allow_pickle=section.allow_pickle)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-
-from pydantic import BaseModel
+from typing import Any
 
 from llmpipe_cli.recipe.names import nearest
 from llmpipe_cli.recipe.schema import DataSource, Recipe, TrainedTokenizer
@@ -50,9 +49,9 @@ class _Context:
     def given(self, dotted: str) -> bool:
         """True when the field was written. A lock file writes every field: there, when it is not the default."""
         *parents, last = dotted.split(".")
-        section: BaseModel | None = self.recipe
+        section: Any = self.recipe
         for name in parents:
-            section = getattr(section, name, None)
+            section = section[int(name)] if isinstance(section, list) else getattr(section, name, None)
         if section is None or last not in section.model_fields_set:
             return False
         value, default = getattr(section, last), type(section).model_fields[last].get_default()
@@ -135,6 +134,13 @@ def _data_sources(context: _Context) -> Iterator[Finding]:
         if source is not None:
             yield from _data_source(context, f"data.{name}", source)
     train, validation = data.train, data.validation
+    for path, source in (("data.train", train), ("data.validation", validation)):
+        if source is not None and source.weight is not None:
+            message = "`weight` belongs to the sources of a mixture"
+            yield Finding((f"{path}.weight",), message, "write train: {mixture: [{files: ..., weight: 2}, ...]}")
+    if validation is not None and validation.fraction is None and context.given("data.validation.stratify"):
+        message = "`stratify` says which training documents `fraction` holds out, which is missing"
+        yield Finding(("data.validation.stratify",), message, "leave it out")
     if train is not None and train.fraction is not None:
         hint = "write validation: {fraction: ...} beside train:"
         yield Finding(("data.train.fraction",), "`fraction` holds out validation data", hint)
@@ -154,6 +160,7 @@ def _data_source(context: _Context, path: str, source: DataSource) -> Iterator[F
             ("files", source.files is not None),
             ("dataset", source.dataset is not None),
             ("synthetic", source.synthetic),
+            ("mixture", source.mixture is not None),
             ("fraction", source.fraction is not None and path == "data.validation"),
         )
         if given
@@ -166,6 +173,8 @@ def _data_source(context: _Context, path: str, source: DataSource) -> Iterator[F
         yield Finding(paths, f"`{origins[0]}` and `{origins[1]}` exclude each other", "keep one of the two")
     if source.files is not None and (not source.files or (isinstance(source.files, list) and "" in source.files)):
         yield Finding((f"{path}.files",), "`files` names no file", 'files: "corpus/*.txt"')
+    if source.mixture is not None:
+        yield from _mixture(context, path, source)
     if source.dataset == "":
         yield Finding((f"{path}.dataset",), "`dataset` is empty", "write a hub id or a folder")
     for field in ("subset", "split", "revision", "streaming"):
@@ -175,6 +184,32 @@ def _data_source(context: _Context, path: str, source: DataSource) -> Iterator[F
         if context.given(f"{path}.{field}") and source.files is None:
             yield Finding((f"{path}.{field}", f"{path}.files"), f"`{field}` belongs to `files`, which is missing")
     yield from _data_fields(context, path)
+
+
+def _mixture(context: _Context, path: str, source: DataSource) -> Iterator[Finding]:
+    assert source.mixture is not None
+    if len(source.mixture) < 2:
+        yield Finding((f"{path}.mixture",), "a mixture has two sources or more", "write the source itself")
+    for field in sorted(source.model_fields_set - {"mixture", "fraction"}):
+        if context.given(f"{path}.{field}"):
+            message = f"`{field}` belongs to each source of the mixture"
+            yield Finding((f"{path}.{field}", f"{path}.mixture"), message, f"write it under {path}.mixture.0:")
+    weighted = [part.weight is not None for part in source.mixture]
+    if path == "data.train" and any(weighted) and not all(weighted):
+        message = "some sources of the mixture have a weight and some have none"
+        yield Finding((f"{path}.mixture.{weighted.index(False)}",), message, "write a weight for each, or for none")
+    if path == "data.train" and not context.recipe.data.shuffle:
+        message = "samples of several sources have no order of their own"
+        yield Finding(("data.shuffle", f"{path}.mixture"), message, "leave `shuffle: false` out")
+    for index, part in enumerate(source.mixture):
+        place = f"{path}.mixture.{index}"
+        for field in ("mixture", "synthetic", "fraction", "streaming"):
+            if getattr(part, field):
+                yield Finding((f"{place}.{field}",), f"`{field}` has no place inside a mixture", "leave it out")
+        if path == "data.validation" and part.weight is not None:
+            message = "validation data is measured whole, so its sources have no weights"
+            yield Finding((f"{place}.weight",), message, "leave it out")
+        yield from _data_source(context, place, part)
 
 
 _FIELDS_OF_TASKS = {
@@ -216,9 +251,15 @@ def _data_fields(context: _Context, path: str) -> Iterator[Finding]:
 
 def _data_shape(context: _Context) -> Iterator[Finding]:
     recipe = context.recipe
-    if recipe.task not in LANGUAGE_MODELLING and context.given("data.packing") and recipe.data.packing:
-        message = f"packing is for language modelling; the task {recipe.task} has one record a sample"
+    if recipe.task not in (*LANGUAGE_MODELLING, "chat") and recipe.data.packing and not context.locked:
+        message = f"packing is for language modelling and chat; the task {recipe.task} has one record a sample"
         yield Finding(("data.packing", "task"), message, "leave it out")
+    if recipe.data.block_attention is True and recipe.task not in ("causal-lm", "chat"):
+        message = f"block attention is for causal-lm and chat; transformers keeps no documents apart in {recipe.task}"
+        yield Finding(("data.block_attention", "task"), message, "leave it out, or write packing: false")
+    elif recipe.data.block_attention is True and not recipe.packs:
+        message = "block attention keeps the documents of packed samples apart, and `packing` is off"
+        yield Finding(("data.block_attention", "data.packing"), message, "write packing: true, or leave it out")
     for field, tasks in _TASK_OPTIONS.items():
         if recipe.task not in tasks and context.given(f"data.{field}") and getattr(recipe.data, field):
             yield Finding((f"data.{field}", "task"), f"`{field}` is for {tasks[0]}", "leave it out")

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -366,6 +366,19 @@ def _section_of(info: FieldInfo) -> type[Section] | None:
     return None
 
 
+def _item_section(info: FieldInfo) -> type[Section] | None:
+    """The section that each item of a list holds."""
+    for annotation in (info.annotation, *get_args(info.annotation)):
+        for item in get_args(annotation) if get_origin(annotation) is list else ():
+            if isinstance(item, type) and issubclass(item, Section):
+                return item
+    return None
+
+
+def _is_list_of_mappings(node: Node) -> bool:
+    return isinstance(node.value, list) and all(item.is_mapping() for item in node.value)
+
+
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
@@ -384,6 +397,11 @@ def _check_section(node: Node, section: type[Section], path: str, problems: Prob
         inner = _section_of(fields[key])
         if inner is not None and entry.node.is_mapping():
             plain[key] = _check_section(entry.node, inner, dotted, problems, broken)
+        elif (each := _item_section(fields[key])) is not None and _is_list_of_mappings(entry.node):
+            plain[key] = [
+                _check_section(item, each, f"{dotted}.{index}", problems, broken)
+                for index, item in enumerate(entry.node.value)
+            ]
         elif inner is not None and entry.node.value is None and not _allows_none(fields[key]):
             plain[key] = {}  # `train:` with nothing below it yet
         elif problem := _check_value(entry, fields[key], dotted):

@@ -17,6 +17,9 @@ TaskName = Literal[
 ]
 
 
+PACKED_BY_DEFAULT = ("causal-lm", "masked-lm")
+
+
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values are not coerced across types."""
 
@@ -89,8 +92,15 @@ class DataSource(Section):
     """Read `dataset` as a stream instead of downloading it first."""
     synthetic: bool = False
     """Random token ids instead of text, for benchmarks."""
+    mixture: list[DataSource] | None = None
+    """Several sources in one; each has its own `files` or `dataset`, fields and, for training, a `weight`."""
+    weight: Annotated[float, Field(gt=0.0)] | None = None
+    """In a mixture: share of the training samples that come from this source, as a factor; unset for all draws each
+    sample once an epoch."""
     fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Validation only: hold out this share of the training documents, chosen by a hash of their content."""
+    stratify: bool = True
+    """With `fraction`: classification holds out this share of each class."""
     text: str = "text"
     """Field with the text."""
     label: str = "label"
@@ -166,8 +176,12 @@ class DataSection(Section):
     """Tokens a sample."""
     target_sequence_len: PositiveInt | None = None
     """Translation: tokens of the output text; unset takes `sequence_len`."""
-    packing: bool = True
-    """Language modelling: fill each sample with consecutive text; off pads one document a sample."""
+    packing: bool | None = None
+    """Fill each sample: language modelling with consecutive text, chat with whole conversations; off pads one document
+    a sample. Unset packs language modelling alone."""
+    block_attention: bool | Auto = "auto"
+    """Packing: tokens attend to their own document alone, whose positions begin at 0, and the first token of a document
+    is not predicted from the one before; auto does so for chat."""
     clean: Cleaning | None = None
     """Clean texts before they are tokenised."""
     augment: Augmentation | None = None
@@ -342,3 +356,14 @@ class Recipe(Section):
     """Where metrics go besides metrics.jsonl."""
     output_dir: str = "runs"
     """Folder of the run directories."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether a training sample holds several documents."""
+        return self.task in PACKED_BY_DEFAULT if self.data.packing is None else self.data.packing
+
+    @property
+    def blocks_attention(self) -> bool:
+        """Whether tokens of a packed sample attend to their own document alone."""
+        wanted = self.data.block_attention
+        return self.packs and (self.task == "chat" if wanted == "auto" else bool(wanted))

@@ -32,8 +32,11 @@ def compression_table(report: dict[str, Any]) -> Table:
     )
     for *cells, ratio in rows:
         table.add_row(*cells, f"{ratio:.3f}")
-    if "neurons" in report:
-        table.add_row("neurons a layer", str(report["neurons"]["before"]), str(report["neurons"]["after"]), "")
+    for name in ("neurons", "heads"):
+        if name in report:
+            table.add_row(f"{name} a layer", str(report[name]["before"]), str(report[name]["after"]), "")
+    if "zeros" in report:
+        table.add_row("zeros among weights", *(f"{report['zeros'][name]:.1%}" for name in ("before", "after")), "")
     for name, value in report.get("metrics", {}).items():
         table.add_row(name, formats.precise(name, value["before"]), formats.precise(name, value["after"]), "")
     return table

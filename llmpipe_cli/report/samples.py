@@ -27,9 +27,15 @@ def data_summary(data: PreparedData) -> RenderableType:
             continue
         figures = (split.num_samples, split.num_documents, split.num_tokens, split.num_skipped, split.num_truncated)
         table.add_row(name, *(f"{figure:,}" for figure in figures))
+        for part, draws in zip(split.parts, split.draws, strict=True):
+            figures = (part.num_samples, part.num_documents, part.num_tokens, part.num_skipped, part.num_truncated)
+            table.add_row(f"  {part.origin}", *(f"{figure:,}" for figure in figures))
+            share, times = draws / split.num_samples, draws / part.num_samples
+            notes.append(Text(f"{part.origin}: {draws:,} samples an epoch ({share:.1%}), each {times:.2f} times"))
         notes += [Text(f"left out of {name}: {example}", style="yellow") for example in split.skipped_examples]
         notes += [Text(f"cut in {name}: {place}", style="yellow") for place in split.truncated_examples]
-        notes.append(Text(f"{name} lies in {split.directory or 'no file: random ids'}", style="dim"))
+        folders = [part.directory for part in split.parts or [split]]
+        notes += [Text(f"{name} lies in {folder or 'no file: random ids'}", style="dim") for folder in folders]
     if data.label_names:
         notes.insert(0, Text("labels: " + ", ".join(data.label_names)))
     return Group(table, *notes)

@@ -167,6 +167,24 @@ def pad(rows: Sequence[np.ndarray], length: int, value: int) -> tuple[torch.Tens
     return torch.from_numpy(padded), torch.from_numpy(mask)
 
 
+def in_blocks(batch: Batch, positions: Sequence[np.ndarray | None]) -> Batch:
+    """A packed micro-batch in which no token attends to another document.
+
+    transformers tells the documents apart by `position_ids` that begin anew, if there is no mask. Padding becomes a
+    document of its own. The first token of a document is no target: nothing before it belongs to it.
+
+    Args:
+        batch: `input_ids` and `labels`, int64 [rows, length]; its mask is dropped.
+        positions: place of each token in its document, int64 [n] a row; None takes the row for one document.
+    """
+    length = batch["input_ids"].shape[1]
+    rows = [np.arange(length) if row is None else row for row in positions]
+    whole = [np.concatenate([row, np.arange(length - len(row))]) for row in rows]
+    position_ids = torch.from_numpy(np.stack(whole).astype(np.int64))
+    labels = batch["labels"].masked_fill(position_ids == 0, IGNORED)
+    return {"input_ids": batch["input_ids"], "position_ids": position_ids, "labels": labels}
+
+
 def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> tuple[float, int]:
     """Sum of -log p(target) in nats over the targets that are not `IGNORED`, and how many those are.
 

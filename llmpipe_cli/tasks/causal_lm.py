@@ -2,7 +2,7 @@
 
 Training samples are consecutive blocks of the corpus (each document ends with the end-of-text token), or with
 `packing: false` one document each, padded on the right. The labels are the tokens themselves: Hugging Face's models
-shift them.
+shift them. With block attention tokens see their own document alone, in training and in the blocks of an evaluation.
 
 Two passes score a model:
 
@@ -33,6 +33,7 @@ from llmpipe_cli.tasks.base import (
     LossPass,
     Task,
     exponential,
+    in_blocks,
     pad,
 )
 
@@ -43,7 +44,10 @@ class CausalLM(Task):
     name = "causal-lm"
 
     def collate(self, samples: Sequence[Sample], *, seed: tuple[int, ...]) -> Batch:
-        return self.batch([sample["input_ids"] for sample in samples])
+        batch = self.batch([sample["input_ids"] for sample in samples])
+        if not self.data.block_attention:
+            return batch
+        return in_blocks(batch, [sample.get("positions") for sample in samples])
 
     def batch(self, rows: Sequence[np.ndarray]) -> Batch:
         """The micro-batch of these token rows, each at most `sequence_len` long."""

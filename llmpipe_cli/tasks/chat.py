@@ -1,8 +1,9 @@
 """Chat: go on with a conversation, and learn only what the assistant says.
 
 A sample is one conversation as the chat template writes it, cut to `sequence_len` and padded on the right. Tokens of
-the system and the user, and the marks that begin a turn, are no targets (`data.chat`). -> loss, perplexity (over what
-the assistant says).
+the system and the user, and the marks that begin a turn, are no targets (`data.chat`). With packing a sample holds
+several whole conversations, which do not see each other; an evaluation has one a row all the same.
+-> loss, perplexity (over what the assistant says).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from llmpipe_cli.data.dataset import Sample, Samples
-from llmpipe_cli.tasks.base import IGNORED, Batch, EvaluationBatch, EvaluationPass, LossPass, Task, pad
+from llmpipe_cli.tasks.base import IGNORED, Batch, EvaluationBatch, EvaluationPass, LossPass, Task, in_blocks, pad
 
 
 class Chat(Task):
@@ -25,7 +26,10 @@ class Chat(Task):
         input_ids, mask = pad([sample["input_ids"] for sample in samples], self.sequence_len, self.pad_id)
         answered, _ = pad([sample["answered"] for sample in samples], self.sequence_len, 0)
         labels = input_ids.masked_fill(answered == 0, IGNORED)
-        return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+        batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+        if self.data.block_attention and "positions" in samples[0]:
+            return in_blocks(batch, [sample["positions"] for sample in samples])
+        return batch
 
     def num_targets(self, batch: Batch) -> int:
         return int((batch["labels"][:, 1:] != IGNORED).sum())

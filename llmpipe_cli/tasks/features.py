@@ -122,7 +122,7 @@ def feature_options(
         return FeatureOptions(task, (source.text,), separator=end_of_text if training else None)
     if task == "masked-lm":
         whole_words = data.whole_word_masking
-        if data.packing:
+        if data.packing is not False:
             return FeatureOptions(task, (source.text,), whole_words=whole_words)
         return FeatureOptions(
             task, (source.text,), max_length=length, whole_words=whole_words, too_long=source.on_too_long

@@ -51,9 +51,10 @@ def view_samples(data: PreparedData, split: PreparedSplit, indices: Iterable[int
 
     views = []
     for index in indices:
-        batch = {name: value[0] for name, value in task.collate([samples[index]], seed=(index,)).items()}
+        sample = samples[index]
+        batch = {name: value[0] for name, value in task.collate([sample], seed=(index,)).items()}
         ids = batch["input_ids"].tolist()
-        length = int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(ids)
+        length = int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(sample["input_ids"])
         marks, labels = _marks(data, batch, text)
         tokens = [TokenView(text(token), token, *marks.get(place, (False, None))) for place, token in enumerate(ids)]
         views.append(SampleView(index, tokens[:length], labels, len(ids) - length))
