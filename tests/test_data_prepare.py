@@ -362,6 +362,58 @@ def test_unknown_validation_label(cache: Path, tmp_path: Path) -> None:
     assert data.validation.num_documents == data.validation.num_skipped == 1
 
 
+def test_labels_that_a_dataset_does_not_declare(cache: Path, tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["ham", "spam"])})
+    rows = {"text": [f"t {number}" for number in range(5)], "label": [0, 1, 1, -1, 0]}  # -1: not labelled
+    Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "set")
+    source = {"dataset": str(tmp_path / "set")}
+    with pytest.raises(UsageError) as caught:
+        run(recipe("classification", train=source), cache)
+    assert (caught.value.message, caught.value.where) == ("unknown label '-1'", f"{tmp_path}/set[train]:4")
+    data = run(recipe("classification", train={**source, "on_error": "skip"}), cache)
+    assert data.train is not None
+    assert (data.label_names, data.train.label_counts, data.train.num_skipped) == (["ham", "spam"], [2, 2], 1)
+
+
+@pytest.mark.parametrize(
+    ("task", "short", "long"),
+    [
+        ("classification", {"text": "a b", "label": "x"}, {"text": "a b " * 40, "label": "y"}),
+        ("translation", {"source": "a b", "target": "c"}, {"source": "a", "target": "c d " * 40}),
+        (
+            "token-classification",
+            {"tokens": ["a", "b"], "ner_tags": ["O", "B-X"]},
+            {"tokens": ["a"] * 60, "ner_tags": ["O"] * 59 + ["B-Y"]},
+        ),
+    ],
+)
+def test_samples_that_are_too_long(
+    task: str, short: dict[str, Any], long: dict[str, Any], cache: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [short, {**short, "label": "y"} if "label" in short else short, long, short]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def prepared(on_too_long: str) -> PreparedSplit:
+        source = {"files": str(path), "on_too_long": on_too_long}
+        return train_split(recipe(task, train=source, sequence_len=24), cache)
+
+    with pytest.raises(UsageError, match="longer than 24 tokens") as caught:
+        prepared("stop")
+    assert caught.value.where == f"{path}:3"
+    skipped, cut = prepared("skip"), prepared("cut")
+    assert (skipped.num_samples, skipped.num_skipped, skipped.num_truncated) == (3, 1, 0)
+    assert skipped.skipped_examples[0].startswith(f"{path}:3: longer than 24 tokens")
+    assert (cut.num_samples, cut.num_skipped, cut.num_truncated) == (4, 0, 1)
+    assert cut.truncated_examples == [f"{path}:3"]
+    longest = max(
+        len(sample[name]) for sample in map(open_split(cut).__getitem__, range(4)) for name in sample if name != "label"
+    )
+    assert longest == 24
+
+
 def test_one_class_is_no_classification(cache: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "label": "x"}\n' * 3)

@@ -46,12 +46,13 @@ def show(
     chosen = {"train": data.train, "validation": data.validation}.get(split)
     if chosen is None:
         raise UsageError(f"the recipe has no {split} data", where="--split", hint="train or validation")
-    if first >= chosen.num_samples:
-        raise UsageError(f"there are {chosen.num_samples} samples, numbered from 0", where="--first")
+    count = int(chosen.stream["shuffle_buffer"]) if chosen.stream is not None else chosen.num_samples
+    if first >= count:
+        raise UsageError(f"there are {count} samples, numbered from 0", where="--first")
     from llmpipe_cli.report.samples import sample_as_json, sample_view
     from llmpipe_cli.tasks.view import view_samples
 
-    views = view_samples(data, chosen, range(first, min(first + samples, chosen.num_samples)))
+    views = view_samples(data, chosen, range(first, min(first + samples, count)))
     if as_json:
         console.print_json([sample_as_json(view) for view in views])
         return

@@ -35,6 +35,8 @@ class Samples(ABC):
 
 def open_split(split: PreparedSplit) -> Samples:
     """Opens a split that `prepare` wrote."""
+    if split.kind == "stream":
+        raise ValueError("a stream has no samples by index")
     if split.kind == "mixture":
         return MixedSamples(split)
     if split.kind == "packed":

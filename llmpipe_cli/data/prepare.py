@@ -105,6 +105,8 @@ class _Preparation:
             self.validation = self.train
         if fold is not None:
             self.held_out, self.validation = None, self.train
+        if fold is not None and self.train is not None and self.train.streaming:
+            raise UsageError("a stream cannot be divided into folds", where="data.train.streaming")
         if fold is not None and self.train is not None and self.train.mixture is not None:
             raise UsageError(
                 "a mixture of sources cannot be divided into folds",
@@ -161,7 +163,10 @@ class _Preparation:
         )
         label_names = None if self.train else _pretrained_label_names(self.recipe, self.base_dir)
         if self.train is not None:
-            if self._parts:
+            if self.train.streaming:
+                assert tokenizer is not None
+                data.train = self._stream(self.train, tokenizer)
+            elif self._parts:
                 data.train = self._mixture(self.train, tokenizer, vocab_size)
             else:
                 data.train = self._split("train", self.train, tokenizer, vocab_size, None)
@@ -208,6 +213,40 @@ class _Preparation:
             **self._changes("train"),
         }
         return prepare_tokenizer(self.recipe, self.base_dir, self.cache_dir, texts, identity)
+
+    def _stream(self, section: DataSource, tokenizer: TokenizerInfo) -> PreparedSplit:
+        """Training data that is read while training: only what it is read from is known."""
+        options = feature_options(
+            self.recipe.task, self.recipe.data, section, end_of_text=tokenizer.end_of_text, training=True
+        )
+        _check_special_tokens(tokenizer, options, training=True)
+        clean = self.recipe.data.clean
+        stream = {
+            "source": section.model_dump(mode="json"),
+            "base_dir": str(self.base_dir),
+            "options": asdict(options),
+            "tokenizer_dir": tokenizer.directory,
+            "clean": clean.model_dump(mode="json") if clean is not None else None,
+            "shuffle_buffer": section.shuffle_buffer,
+        }
+        length = self.recipe.data.sequence_len
+        identity = {
+            "stream": self.sources["train"].identity(),
+            "options": stream["options"],
+            "tokenizer": tokenizer.fingerprint,
+            "shape": [length, section.shuffle_buffer, section.max_documents, section.on_error, stream["clean"]],
+        }
+        return PreparedSplit(
+            kind="stream",
+            directory="",
+            fingerprint=fingerprint(identity),
+            task=self.recipe.task,
+            sequence_len=length,
+            target_sequence_len=length,
+            vocab_size=tokenizer.vocab_size,
+            num_samples=0,
+            stream=stream,
+        )
 
     def _mixture(self, section: DataSource, tokenizer: TokenizerInfo | None, vocab_size: int) -> PreparedSplit:
         """The training data of several sources: a split each, and how many of its samples an epoch has."""
@@ -307,7 +346,7 @@ class _Preparation:
             known = label_names or source.label_names(options.label)
             if known is None and options.names_labels_first:
                 known = self._find_labels(name, section, source, options)
-            labels = _Labels(known, fixed=label_names is not None or options.names_labels_first)
+            labels = _Labels(known, fixed=known is not None)
             if options.names_labels_first:
                 options = replace(options, label_names=tuple(known or ()))
         writer = SplitWriter(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -10,9 +10,9 @@ from pydantic import BaseModel
 class PreparedSplit(BaseModel):
     """Training or validation data, ready to be read by index."""
 
-    kind: Literal["packed", "bins", "records", "synthetic", "mixture"]
+    kind: Literal["packed", "bins", "records", "synthetic", "mixture", "stream"]
     """packed: samples are consecutive blocks of the token stream; bins: several whole documents; records: one document
-    a sample; mixture: those of `parts`."""
+    a sample; mixture: those of `parts`; stream: blocks that are read while training, of unknown number."""
     directory: str
     """Folder of the arrays; empty for synthetic data."""
     fingerprint: str
@@ -37,6 +37,8 @@ class PreparedSplit(BaseModel):
     num_labels: int = 0
     label_counts: list[int] = []
     """Classification: documents of each label; of a mixture as often as an epoch draws them."""
+    stream: dict[str, Any] | None = None
+    """What a streamed split is read from."""
     parts: list[PreparedSplit] = []
     """The sources of a mixture."""
     draws: list[int] = []

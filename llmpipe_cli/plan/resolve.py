@@ -73,7 +73,8 @@ def make_plan(
         _check_trackers(recipe)
     given = recipe.model
     if checkpoint is not None and job == "train":
-        recipe = _going_on(recipe, training_state(checkpoint))
+        recipe = _going_on(recipe, state := training_state(checkpoint))
+        _check_stream(state["position"].get("stream"), data)
     if checkpoint is not None:
         given = given.model_copy(update={"config": None, "from_": str(checkpoint), "revision": None})
     section, adapter = split_adapter(given)
@@ -222,6 +223,18 @@ def _going_on(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
     # Dropout and masking depend on the micro-batch: what auto once chose is kept on every layout.
     kept = train.model_copy(update={"micro_batch_size": saved["micro_batch_size"]})
     return recipe.model_copy(update={"train": kept})
+
+
+def _check_stream(saved: dict[str, Any] | None, data: PreparedData | None) -> None:
+    """A place in a stream is a place in that stream alone."""
+    if saved is None or data is None or data.train is None or saved["fingerprint"] == data.train.fingerprint:
+        return
+    raise UsageError(
+        "the checkpoint keeps its place in another stream than this one",
+        where="data.train",
+        hint="leave source, tokenizer, sequence_len and shuffle_buffer as they were, or start a new training with "
+        "`llmpipe finetune --from`",
+    )
 
 
 def _partition(recipe: Recipe, placement: Placement, costs: list[float]) -> list[int]:

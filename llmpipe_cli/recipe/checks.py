@@ -138,6 +138,11 @@ def _data_sources(context: _Context) -> Iterator[Finding]:
         if source is not None and source.weight is not None:
             message = "`weight` belongs to the sources of a mixture"
             yield Finding((f"{path}.weight",), message, "write train: {mixture: [{files: ..., weight: 2}, ...]}")
+    if train is not None and train.streaming:
+        yield from _streaming(context, train)
+    elif train is not None and context.given("data.train.shuffle_buffer"):
+        message = "`shuffle_buffer` is for streamed data; data that was prepared is drawn from as a whole"
+        yield Finding(("data.train.shuffle_buffer",), message, "leave it out, or write streaming: true")
     if validation is not None and validation.fraction is None and context.given("data.validation.stratify"):
         message = "`stratify` says which training documents `fraction` holds out, which is missing"
         yield Finding(("data.validation.stratify",), message, "leave it out")
@@ -177,13 +182,40 @@ def _data_source(context: _Context, path: str, source: DataSource) -> Iterator[F
         yield from _mixture(context, path, source)
     if source.dataset == "":
         yield Finding((f"{path}.dataset",), "`dataset` is empty", "write a hub id or a folder")
-    for field in ("subset", "split", "revision", "streaming"):
+    streams_files = path == "data.train" and source.files is not None
+    for field in ("subset", "split", "revision", *(() if streams_files else ("streaming",))):
         if context.given(f"{path}.{field}") and getattr(source, field) and source.dataset is None:
             yield Finding((f"{path}.{field}", f"{path}.dataset"), f"`{field}` belongs to `dataset`, which is missing")
     for field in ("exclude", "format"):
         if context.given(f"{path}.{field}") and source.files is None:
             yield Finding((f"{path}.{field}", f"{path}.files"), f"`{field}` belongs to `files`, which is missing")
     yield from _data_fields(context, path)
+
+
+def _streaming(context: _Context, train: DataSource) -> Iterator[Finding]:
+    """What needs all of the training data at hand."""
+    recipe, data, where = context.recipe, context.recipe.data, "data.train.streaming"
+    if recipe.task not in LANGUAGE_MODELLING or not recipe.packs:
+        message = "streamed text is cut into blocks, which only packed language modelling learns from"
+        yield Finding((where, "task", "data.packing"), message, "leave `streaming` out: the data is prepared once")
+    if context.job != "evaluate" and recipe.train.max_steps is None:
+        message = "how long an epoch of a stream is shows at its end only"
+        yield Finding(("train.num_train_epochs", where, "train"), message, "write max_steps: 10000 under train:")
+    if data.validation is not None and data.validation.fraction is not None:
+        message = "to hold out a share of a stream it would have to be read to its end first"
+        yield Finding(("data.validation.fraction", where), message, "name validation data of its own")
+    for field, reason in (
+        ("augment", "copies are made when data is prepared"),
+        ("whole_word_masking", "a stream has tokens alone"),
+    ):
+        if getattr(data, field):
+            yield Finding((f"data.{field}", where), f"`{field}` does not go with a stream: {reason}", "leave it out")
+    if data.clean is not None and data.clean.duplicates != "none":
+        message = "finding duplicates in a stream would keep all of it in mind"
+        yield Finding(("data.clean.duplicates", where), message, "leave it out")
+    if isinstance(recipe.tokenizer, TrainedTokenizer) and recipe.tokenizer.train.max_documents is None:
+        message = "a tokenizer would be trained on the whole stream"
+        yield Finding(("tokenizer.train", where), message, "write max_documents: 10000 under tokenizer: train:")
 
 
 def _mixture(context: _Context, path: str, source: DataSource) -> Iterator[Finding]:

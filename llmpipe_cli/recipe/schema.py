@@ -89,7 +89,10 @@ class DataSource(Section):
     revision: str | None = None
     """Branch, tag or commit of `dataset`."""
     streaming: bool = False
-    """Read `dataset` as a stream instead of downloading it first."""
+    """Training: read, tokenise and learn at once, without preparing the data; for text that does not fit the disk.
+    Validation: read `dataset` without downloading it whole."""
+    shuffle_buffer: PositiveInt = 1024
+    """Streaming: samples that are read ahead and drawn in random order."""
     synthetic: bool = False
     """Random token ids instead of text, for benchmarks."""
     mixture: list[DataSource] | None = None

@@ -25,6 +25,9 @@ def data_summary(data: PreparedData) -> RenderableType:
     for name, split in (("train", data.train), ("validation", data.validation)):
         if split is None:
             continue
+        if split.kind == "stream":
+            table.add_row(name, "a stream")
+            continue
         figures = (split.num_samples, split.num_documents, split.num_tokens, split.num_skipped, split.num_truncated)
         table.add_row(name, *(f"{figure:,}" for figure in figures))
         for part, draws in zip(split.parts, split.draws, strict=True):

@@ -6,8 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from llmpipe_cli.data.dataset import open_split
+import numpy as np
+
+from llmpipe_cli.data.dataset import Sample, Samples, open_split
 from llmpipe_cli.data.prepared import PreparedData, PreparedSplit
+from llmpipe_cli.data.sources import SkipLog
+from llmpipe_cli.data.stream import Place, buffers, positions_of
 from llmpipe_cli.tasks.base import IGNORED
 from llmpipe_cli.tasks.registry import get_task
 
@@ -43,7 +47,8 @@ def view_samples(data: PreparedData, split: PreparedSplit, indices: Iterable[int
     """The samples with these numbers, each as a micro-batch of its own."""
     from transformers import AutoTokenizer
 
-    task, samples = get_task(data), open_split(split)
+    task = get_task(data)
+    samples: Samples | list[Sample] = _first_of_stream(split) if split.kind == "stream" else open_split(split)
     tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_dir) if data.tokenizer_dir else None
 
     def text(token: int) -> str:
@@ -59,6 +64,16 @@ def view_samples(data: PreparedData, split: PreparedSplit, indices: Iterable[int
         tokens = [TokenView(text(token), token, *marks.get(place, (False, None))) for place, token in enumerate(ids)]
         views.append(SampleView(index, tokens[:length], labels, len(ids) - length))
     return views
+
+
+def _first_of_stream(split: PreparedSplit) -> list[Sample]:
+    """The samples of a stream's first buffer, in the source's order."""
+    first = next(buffers(split, 0, Place(), SkipLog("skip")))
+    positions = positions_of(first.begins)
+    return [
+        {"input_ids": row.astype(np.int64), "positions": places}
+        for row, places in zip(first.tokens, positions, strict=True)
+    ]
 
 
 def _marks(

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from llmpipe_cli import __version__
 from llmpipe_cli.data.batches import BatchPlan
 from llmpipe_cli.data.dataset import open_split
-from llmpipe_cli.data.prepared import PreparedData
+from llmpipe_cli.data.prepared import PreparedData, PreparedSplit
 from llmpipe_cli.engine.checkpoint import load_training_state, training_scalars
 from llmpipe_cli.engine.exchange import gather_json
 from llmpipe_cli.engine.executor import MicroBatch
@@ -39,6 +39,7 @@ from llmpipe_cli.run import write_json
 from llmpipe_cli.tasks.registry import get_task
 from llmpipe_cli.worker.evaluation import Evaluator
 from llmpipe_cli.worker.process import Context, config_from_fields, load_stage
+from llmpipe_cli.worker.streaming import StreamBatches
 from llmpipe_cli.worker.telemetry import MetricsWriter, peak_memory_bytes
 from llmpipe_cli.worker.trackers import Trackers
 from llmpipe_cli.worker.watchdog import Watchdog
@@ -61,6 +62,8 @@ class _Position:
     step: int = 0
     best_metric: float | None = None
     evaluations_without_improvement: int = 0
+    stream: dict[str, Any] | None = None
+    """Place in the stream that training reads, if it does."""
 
 
 class Trainer:
@@ -91,20 +94,24 @@ class Trainer:
         curve = learning_rate_curve(self.recipe.train, self.settings.max_steps, self.settings.warmup_steps)
         loss = make_loss(self.recipe.task, self.recipe.train.label_smoothing, self.data.class_weights)
         self.engine = Engine(self.plan, module, loss, curve)
-        self.batches = BatchPlan(
-            open_split(self.data.train),
-            self.task,
-            global_batch_size=self.recipe.train.global_batch_size,
-            micro_batch_size=self.plan.micro_batch_size,
-            seed=self.recipe.train.seed,
-            shuffle=self.recipe.data.shuffle,
-        )
+        self.batches = self._open_batches(self.data.train)
         self.evaluator: Evaluator | None = None
         if self.data.validation is not None:
             self.evaluator = Evaluator(context, self.engine.executor, self.task, self.data.validation)
         self.skipped_in_a_row = 0
         self.saver = Saver(self.engine)
         self._assets: dict[str, bytes] = {}  # what `_write_assets` writes, once it is known
+
+    def _open_batches(self, split: PreparedSplit) -> BatchPlan | StreamBatches:
+        sizes = {
+            "global_batch_size": self.recipe.train.global_batch_size,
+            "micro_batch_size": self.plan.micro_batch_size,
+            "seed": self.recipe.train.seed,
+        }
+        shuffle = self.recipe.data.shuffle
+        if split.kind == "stream":
+            return StreamBatches(split, self.task, self.context.device, shuffle=shuffle, **sizes)
+        return BatchPlan(open_split(split), self.task, shuffle=shuffle, **sizes)
 
     def run(self) -> int:
         """All steps from the start or the checkpoint to the end or a request to stop."""
@@ -177,6 +184,8 @@ class Trainer:
         state = training_state(checkpoint)
         load_training_state(self.engine, checkpoint, state["scalars"])
         self.position = _Position(**state["position"])
+        if isinstance(self.batches, StreamBatches):
+            self.batches.resume_state = (self.position.stream or {}).get("place")
         self.metrics.event("resume", step=self.position.step, checkpoint=str(checkpoint), saved_layout=state["layout"])
 
     def step(self) -> bool:
@@ -326,6 +335,14 @@ class Trainer:
         """Save in the background, after the save before."""
         self._report_saved(self.saver.wait())
         directory = self.context.run.checkpoints
+        if isinstance(self.batches, StreamBatches):
+            assert self.data.train is not None
+            place = self.batches.state(self.position.step) if self.context.is_first else None
+            self.position.stream = {"fingerprint": self.data.train.fingerprint, "place": place}
+            num_skipped, examples = self.batches.skipped
+            if num_skipped:
+                message = f"{num_skipped} records of the stream were left out, the first: {examples[0]}"
+                self.metrics.event("warning", step=self.position.step, message=message)
         state = {
             "position": dict(vars(self.position)),
             "samples": self.position.step * self.recipe.train.global_batch_size,
