@@ -32,6 +32,7 @@ def test_ready_recipe_is_valid_and_described(name: str) -> None:
     assert first.startswith("# ")
     assert first.endswith(".")
     assert len(first) <= 120
+    assert f"| `{name}` | {loaded.recipe.task} | {first[2:]} |" in (ROOT / "docs" / "tasks.md").read_text()
 
 
 def test_the_demo_needs_no_network() -> None:
