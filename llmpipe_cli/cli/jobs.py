@@ -412,6 +412,7 @@ def _inputs(plan: Plan) -> tuple[Path, ...]:
     """Folders and files that the ranks read."""
     data, training = plan.data or {}, plan.training
     splits = [data.get(name) or {} for name in ("train", "validation")]
+    splits += [part for split in splits for part in split.get("parts", [])]
     folders = [split.get("directory") for split in splits] + [data.get("tokenizer_dir"), plan.weights]
     folders += [plan.adapter_weights, training.resume_from if training is not None else None]
     folders += [plan.options.get("tokenizer"), plan.options.get("prompts_file")]
