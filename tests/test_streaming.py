@@ -20,6 +20,8 @@ from llmpipe_cli.data.stream import SampleStream, positions_of
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.recipe.load import load_recipe
 from llmpipe_cli.recipe.schema import Recipe
+from llmpipe_cli.report.samples import data_summary
+from llmpipe_cli.tasks.view import view_samples
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -90,6 +92,10 @@ def test_a_stream_is_the_prepared_text_over_and_over(tmp_path: Path) -> None:
         again = SampleStream(split, seed=3, shuffle=True, state=json.loads(json.dumps(states[place])))
         assert np.array_equal(again.samples(place, place + 12)[0], drawn[place : place + 12])
     assert states[70]["buffer"] == 10
+    data = prepare(Recipe.model_validate(values(files, streaming=True, shuffle_buffer=7)), tmp_path, tmp_path / "cache")
+    (view,) = view_samples(data, split, [3])
+    assert [token.id for token in view.tokens] == tokens[3].tolist()
+    assert data_summary(data)
 
 
 def test_records_that_cannot_be_read(tmp_path: Path) -> None:
