@@ -15,7 +15,7 @@ from llmpipe_cli.data.batches import BatchPlan
 from llmpipe_cli.data.dataset import MixedSamples, open_split
 from llmpipe_cli.data.mixture import draws_an_epoch
 from llmpipe_cli.data.order import MixtureOrder
-from llmpipe_cli.data.prepare import prepare
+from llmpipe_cli.data.prepare import count_documents, prepare
 from llmpipe_cli.data.prepared import PreparedData
 from llmpipe_cli.data.store import Documents
 from llmpipe_cli.errors import UsageError
@@ -30,7 +30,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def prepared(folder: Path, task: str, **data: Any) -> PreparedData:
+def recipe_of(task: str, **data: Any) -> Recipe:
     values = {
         "name": "mixed",
         "task": task,
@@ -39,7 +39,11 @@ def prepared(folder: Path, task: str, **data: Any) -> PreparedData:
         "data": {"sequence_len": 32, **data},
         "train": {"max_steps": 1},
     }
-    return prepare(Recipe.model_validate(values), folder, folder / "cache")
+    return Recipe.model_validate(values)
+
+
+def prepared(folder: Path, task: str, **data: Any) -> PreparedData:
+    return prepare(recipe_of(task, **data), folder, folder / "cache")
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 1.0], [0.05, 0.05, 0.9]])
@@ -111,6 +115,8 @@ def test_sources_with_fields_and_weights_of_their_own(tmp_path: Path) -> None:
     with console.capture() as shown:
         console.print(data_summary(data))
     assert f"{books}: {split.draws[1]:,} samples an epoch (7" in shown.get()
+    with pytest.raises(UsageError, match="cannot be divided into folds"):
+        count_documents(recipe_of("causal-lm", train={"mixture": sources}), tmp_path)
     # The same sources in plain words: no weights draw each sample once.
     plain = prepared(tmp_path, "causal-lm", train={"mixture": [{**each, "weight": None} for each in sources]}).train
     assert plain is not None

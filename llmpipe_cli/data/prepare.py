@@ -63,9 +63,14 @@ def prepare(
 
 
 def count_documents(recipe: Recipe, base_dir: Path) -> int:
-    """How many different documents the training data has, as cross-validation counts them; reads all of them."""
+    """How many different documents the training data has, as cross-validation counts them; reads all of them.
+
+    Raises:
+        UsageError: data that cannot be divided.
+    """
     preparation = _Preparation(recipe, base_dir, default_cache_dir(), None)
     assert preparation.train is not None
+    _check_divisible(preparation.train)
     preparation.held_out = None
     preparation.recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"augment": None})})
     options = feature_options(recipe.task, recipe.data, preparation.train, end_of_text=None, training=True)
@@ -73,6 +78,13 @@ def count_documents(recipe: Recipe, base_dir: Path) -> int:
     source, limit = preparation.sources["train"], preparation.train.max_documents
     records = preparation._records("train", source, record_fields(options), log, "counting documents", limit)
     return count_records(records)
+
+
+def _check_divisible(section: DataSource) -> None:
+    for field, what in (("streaming", "a stream"), ("mixture", "a mixture of sources")):
+        if getattr(section, field):
+            message = f"{what} cannot be divided into folds"
+            raise UsageError(message, where=f"data.train.{field}", hint="cross-validate on one prepared source")
 
 
 class _Preparation:
@@ -105,14 +117,6 @@ class _Preparation:
             self.validation = self.train
         if fold is not None:
             self.held_out, self.validation = None, self.train
-        if fold is not None and self.train is not None and self.train.streaming:
-            raise UsageError("a stream cannot be divided into folds", where="data.train.streaming")
-        if fold is not None and self.train is not None and self.train.mixture is not None:
-            raise UsageError(
-                "a mixture of sources cannot be divided into folds",
-                where="data.train.mixture",
-                hint="cross-validate on one source",
-            )
         self.sources: dict[str, Source] = {}
         self._parts: list[tuple[DataSource, Source]] = []
         """The sources of the training data, if it is a mixture."""
@@ -223,7 +227,7 @@ class _Preparation:
         clean = self.recipe.data.clean
         stream = {
             "source": section.model_dump(mode="json"),
-            "base_dir": str(self.base_dir),
+            "base_dir": str(self.base_dir.resolve()),
             "options": asdict(options),
             "tokenizer_dir": tokenizer.directory,
             "clean": clean.model_dump(mode="json") if clean is not None else None,
@@ -250,10 +254,8 @@ class _Preparation:
 
     def _mixture(self, section: DataSource, tokenizer: TokenizerInfo | None, vocab_size: int) -> PreparedSplit:
         """The training data of several sources: a split each, and how many of its samples an epoch has."""
-        chained, options = (
-            self.sources["train"],
-            feature_options(self.recipe.task, self.recipe.data, self._parts[0][0], end_of_text=None, training=True),
-        )
+        chained, first = self.sources["train"], self._parts[0][0]
+        options = feature_options(self.recipe.task, self.recipe.data, first, end_of_text=None, training=True)
         names = None
         if options.label is not None:
             names = chained.label_names(options.label) or self._find_labels("train", section, chained, options)
