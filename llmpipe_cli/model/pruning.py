@@ -254,7 +254,9 @@ def _find_attention(model: PreTrainedModel) -> list[Attention]:
             layers = [layer for layer in (_layer(module, each) for each in names) if layer is not None]
             if len(layers) == len(names):
                 bias = getattr(module, "relative_attention_bias", None)
-                blocks.append(Attention(name, *layers, bias if isinstance(bias, nn.Embedding) else None))
+                query, key, value, out = layers
+                table = bias if isinstance(bias, nn.Embedding) else None
+                blocks.append(Attention(name, query, key, value, out, table))
                 break
     return blocks
 
