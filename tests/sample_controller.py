@@ -28,6 +28,7 @@ def main() -> int:
         if len(sys.argv) > 4:
             flags = ClusterFlags(Path(sys.argv[4]), options=[f"ssh-config={sys.argv[5]}", "node-timeout=5"])
             launcher = make_launcher("ssh", flags)
+        launcher.warm_up()
         with StopSignals() as signals:
             outcome = jobs.watch(launcher.start(spec), run, progress, signals)
         return jobs.conclude(run, outcome, progress).exit_code

@@ -1,6 +1,7 @@
 """Real jobs under torchrun on this machine: how they end, what they say, and that nothing stays behind.
 
-The ranks run tests/sample_worker.py, which imports no torch; everything else is what a user's job goes through.
+The ranks run tests/sample_worker.py, which imports no torch; everything else is what a user's job goes through. `warm`
+jobs are forks of a process that was started ahead (cluster/warm.py).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ WEIRD = "a b;$(touch pwned) `id` $$ ${HOME} %h 'q' \"d\" \\ \n*é\udcff"
 
 Behaviours = dict[int, str]
 Start = Callable[..., LocalJob]
+both = pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +47,16 @@ def start() -> Iterator[Start]:
     """Starts jobs; whatever is left of them is killed in the end."""
     jobs: list[LocalJob] = []
 
-    def start_job(run: RunDirectory, behaviours: Behaviours, grace: float = 60.0, **environment: str) -> LocalJob:
-        variables = {"SAMPLE_WORKER": json.dumps(behaviours), **environment}
-        spec = LaunchSpec(run, (0, 1), "cpu", grace, variables, worker="sample_worker")
-        jobs.append(LocalLauncher().start(spec))
+    def start_job(
+        run: RunDirectory, behaviours: Behaviours, grace: float = 60.0, warm: bool = False, **environment: str
+    ) -> LocalJob:
+        launcher, variables = LocalLauncher(), {"SAMPLE_WORKER": json.dumps(behaviours), **environment}
+        with pytest.MonkeyPatch.context() as patch:
+            if warm:
+                patch.setenv("SAMPLE_WORKER", variables.pop("SAMPLE_WORKER"))
+                launcher.warm_up()
+            spec = LaunchSpec(run, (0, 1), "cpu", grace, variables, worker="sample_worker")
+            jobs.append(launcher.start(spec))
         return jobs[-1]
 
     yield start_job
@@ -63,9 +71,10 @@ def test_done(run: RunDirectory, start: Start) -> None:
     assert run.rank_log(1).read_text() == "rank 1 of 2 does: done\n"
 
 
-def test_first_failure_is_told_not_its_followers(run: RunDirectory, start: Start) -> None:
+@both
+def test_first_failure_is_told_not_its_followers(run: RunDirectory, start: Start, warm: bool) -> None:
     """Rank 0 loses its partner and says so before rank 1 has written why it failed."""
-    outcome = finish(start(run, {0: "early follower", 1: "raise"}))
+    outcome = finish(start(run, {0: "early follower", 1: "raise"}, warm=warm))
     assert (outcome.exit_code, outcome.rank) == (4, 1)
     assert isinstance(outcome.error, RankError)
     assert outcome.error.message == "ValueError: the data of rank 1 is bad"
@@ -74,8 +83,9 @@ def test_first_failure_is_told_not_its_followers(run: RunDirectory, start: Start
     assert 'sample_worker.py", line' in outcome.traceback
 
 
-def test_rank_killed_and_partner_that_ignores_sigterm(run: RunDirectory, start: Start) -> None:
-    job = start(run, {0: "ignore"})
+@both
+def test_rank_killed_and_partner_that_ignores_sigterm(run: RunDirectory, start: Start, warm: bool) -> None:
+    job = start(run, {0: "ignore"}, warm=warm)
     victim = worker_pids(run)[1]
     killed = time.monotonic()
     os.kill(victim, signal.SIGKILL)
@@ -91,7 +101,7 @@ def test_rank_killed_and_partner_that_ignores_sigterm(run: RunDirectory, start: 
 def test_killed_guardian_and_early_death(run: RunDirectory, start: Start, tmp_path: Path) -> None:
     """Two jobs at once: in one a guardian is killed, in the other a rank dies before it has done anything."""
     other = RunDirectory.create(tmp_path / "runs", "other")
-    first, second = start(run, {0: "ignore"}), start(other, {1: "die at once"})
+    first, second = start(run, {0: "ignore"}, warm=True), start(other, {1: "die at once"}, warm=True)
     worker_pids(run)
     os.kill(read_json(run.rank_record(0))["pid"], signal.SIGKILL)
     outcome = finish(first)
@@ -105,8 +115,9 @@ def test_killed_guardian_and_early_death(run: RunDirectory, start: Start, tmp_pa
     assert not alive(other)
 
 
-def test_agent_killed(run: RunDirectory, start: Start) -> None:
-    job = start(run, {0: "ignore", 1: "child"})
+@both
+def test_agent_killed(run: RunDirectory, start: Start, warm: bool) -> None:
+    job = start(run, {0: "ignore", 1: "child"}, warm=warm)
     worker_pids(run)
     os.kill(job.agent_pid, signal.SIGKILL)
     outcome = finish(job)
@@ -115,9 +126,10 @@ def test_agent_killed(run: RunDirectory, start: Start) -> None:
     assert not alive(run)
 
 
-def test_stop_saves_on_all_ranks(run: RunDirectory, start: Start) -> None:
+@both
+def test_stop_saves_on_all_ranks(run: RunDirectory, start: Start, warm: bool) -> None:
     """Rank 1 needs longer to save than rank 0; torchrun must not end it because rank 0 ended with 75."""
-    job = start(run, {})
+    job = start(run, {}, warm=warm)
     worker_pids(run)
     job.request_stop()
     assert finish(job) == Outcome(75)
@@ -242,8 +254,10 @@ def worker_pids(run: RunDirectory) -> list[int]:
 
 
 def alive(run: RunDirectory) -> list[int]:
-    """Processes that carry the run directory in their environment or command line."""
-    found = []
+    """The ranks' processes, and all that carry the run directory in their environment or command line."""
+    records = [read_json(run.rank_record(rank)) or {} for rank in (0, 1)]
+    pids = [record.get(key) for record in records for key in ("pid", "worker_pid")]
+    found = [pid for pid in pids if pid is not None and is_running(pid)]
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue

@@ -68,6 +68,7 @@ def _run_fold(
     if finished is None or finished.exit_code != 0:
         return None, finished.exit_code if finished is not None else 0
     checkpoint = finished.run.latest_checkpoint() or checkpoint
+    jobs.warm_up(options)
     plan = jobs.plan_job(loaded.recipe, data, devices, job="evaluate", loaded=loaded, checkpoint=checkpoint)
     measured = jobs.run_plan(plan, loaded, output_dir, options)
     if measured is None or measured.exit_code != 0:

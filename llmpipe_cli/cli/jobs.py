@@ -178,7 +178,14 @@ def devices_for(options: LaunchOptions) -> Devices:
         devices = launcher.planned_devices(options.devices) if options.dry_run else launcher.devices(options.devices)
     if devices.warning:
         console.say(f"warning: {devices.warning}", "yellow")
+    warm_up(options)
     return devices
+
+
+def warm_up(options: LaunchOptions) -> None:
+    """Let the launcher begin with the next job, where its ranks are started from here and in this environment."""
+    if not (options.dry_run or options.cluster.detach or options.environment):
+        options.starter.warm_up()
 
 
 def plan_job(

@@ -37,7 +37,7 @@ from llmpipe_cli.cluster.mirror import Outbox
 from llmpipe_cli.cluster.outcome import vanished_guardians
 from llmpipe_cli.cluster.processes import kill_commands
 from llmpipe_cli.cluster.shipping import Receiver, digest
-from llmpipe_cli.cluster.torchrun import RankProcesses
+from llmpipe_cli.cluster.torchrun import RankProcesses, start_torchrun
 from llmpipe_cli.run import RunDirectory, write_text
 
 BEAT_SECONDS = 1.0
@@ -179,7 +179,7 @@ class _NodeJob:
             _write_private(job_file(self.run, self._mark), json.dumps(environment))
         else:
             log = self.run.logs / message["launcher_log"]
-            self._processes = RankProcesses(message["argv"], environment, log, self._mark)
+            self._processes = start_torchrun(message["argv"], environment, log, self._mark)
         agent.send({"is": "started", "shared": self._outbox is None})
 
     def poll(self) -> None:

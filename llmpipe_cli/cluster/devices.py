@@ -43,6 +43,11 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def has_driver() -> bool:
+    """Whether this machine has a driver of an accelerator."""
+    return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
+
+
 def local_devices(requested: int | None = None) -> Devices:
     """The devices of this machine.
 
@@ -79,7 +84,7 @@ def _cpu(requested: int | None) -> Devices:
 
 def _cuda_devices() -> list[tuple[str, int]]:
     """(name, memory in bytes) of each CUDA or ROCm device that torch can use and the environment shows."""
-    if not any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
+    if not has_driver():
         return []
     import torch
 

@@ -44,6 +44,14 @@ def adopt_orphans() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
+def redirect(path: Path, *descriptors: int) -> None:
+    """Let file descriptors of this process lead to the end of a file, which is made if need be."""
+    opened = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    for descriptor in descriptors:
+        os.dup2(opened, descriptor)
+    os.close(opened)
+
+
 def is_running(pid: int) -> bool:
     """Whether a process exists and is more than a zombie."""
     try:

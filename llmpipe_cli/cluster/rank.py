@@ -11,22 +11,25 @@ It starts ``python -m llmpipe_cli.worker RUN_DIR`` with its output in ``logs/ran
 * tells the agent that a worker that was stopped on request (75) ended well, so that it leaves the others time to save.
 
 The run directory comes through the environment because torchrun changes ``$$`` and ``${...}`` in arguments. torch is
-not imported here.
+not imported here. Where the agent is a process that has imported everything (`cluster.warm`), guardian and worker are
+forks of it instead of new programs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
-from llmpipe_cli.cluster.processes import adopt_orphans, die_with_parent, kill_descendants
+from llmpipe_cli.cluster.processes import adopt_orphans, die_with_parent, kill_descendants, redirect
 from llmpipe_cli.errors import EXIT_STOPPED
 from llmpipe_cli.run import RunDirectory, write_json
 
@@ -35,13 +38,40 @@ WORKER_VARIABLE = "LLMPIPE_WORKER"
 DEFAULT_WORKER = "llmpipe_cli.worker"
 
 
-def main() -> int:
-    """Run the worker to its end; returns the exit code for the agent."""
+# What the worker's process does from its beginning to its end.
+Work = Callable[[Path], NoReturn]
+
+
+def guard(work: Work) -> int:
+    """Run this rank's worker to its end; returns the exit code for the agent."""
     run = RunDirectory(Path(os.environ[RUN_VARIABLE]))
-    rank = int(os.environ["RANK"])
+    return _Guardian(run, int(os.environ["RANK"])).run_worker(work)
+
+
+def _become_program(run: Path) -> NoReturn:
     module = os.environ.get(WORKER_VARIABLE, DEFAULT_WORKER)
-    guardian = _Guardian(run, rank)
-    return guardian.run_worker([sys.executable, "-u", "-m", module, str(run.path)])
+    os.execv(sys.executable, [sys.executable, "-u", "-m", module, str(run)])
+
+
+def _fork(work: Work, run: RunDirectory, log: Path) -> int:
+    """Fork the worker, tied to this process, with its output in `log`; returns its process id."""
+    guardian = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        die_with_parent(signal.SIGKILL)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        redirect(Path(os.devnull), 0)
+        redirect(log, 1, 2)
+        if os.getppid() == guardian:
+            work(run.path)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)  # nothing of the guardian may run in the worker, whatever happens
 
 
 class _Guardian:
@@ -49,11 +79,12 @@ class _Guardian:
         self._run = run
         self._rank = rank
         self._agent = os.getppid()
-        self._worker: subprocess.Popen[bytes] | None = None
+        self._worker: int | None = None
+        """Process id of the worker while it runs."""
         self._told_to_end = False
         self._agent_lost = False
 
-    def run_worker(self, argv: list[str]) -> int:
+    def run_worker(self, work: Work) -> int:
         for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(sig, self._on_signal)
         adopt_orphans()
@@ -66,20 +97,14 @@ class _Guardian:
             "started": time.time(),
         }
         write_json(self._run.rank_record(self._rank), record)
-        with self._run.rank_log(self._rank).open("ab") as log:
-            # A single-threaded process may use preexec_fn safely.
-            self._worker = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                preexec_fn=lambda: die_with_parent(signal.SIGKILL),
-            )
-        record["worker_pid"] = self._worker.pid
+        worker = self._worker = _fork(work, self._run, self._run.rank_log(self._rank))
+        record["worker_pid"] = worker
         write_json(self._run.rank_record(self._rank), record)
         if os.getppid() != self._agent:
             self._on_signal(signal.SIGTERM, None)
-        returncode = self._worker.wait()
+        _, status = os.waitpid(worker, 0)
+        self._worker = None
+        returncode = os.waitstatus_to_exitcode(status)
         record.update(
             returncode=returncode, told_to_end=self._told_to_end, agent_lost=self._agent_lost, ended=time.time()
         )
@@ -90,16 +115,18 @@ class _Guardian:
         return returncode if returncode > 0 else 128 - returncode
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
-        worker = self._worker
         if os.getppid() != self._agent:
             self._agent_lost = True
-            if worker is not None:
-                worker.kill()
+            self._send(signal.SIGKILL)
             return
         self._told_to_end = True
-        if worker is not None and worker.poll() is None:
-            worker.send_signal(signal.SIGTERM if signum in (signal.SIGINT, signal.SIGHUP) else signum)
+        self._send(signal.SIGTERM if signum in (signal.SIGINT, signal.SIGHUP) else signal.Signals(signum))
+
+    def _send(self, signum: signal.Signals) -> None:
+        if self._worker is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._worker, signum)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guard(_become_program))

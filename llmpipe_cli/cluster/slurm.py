@@ -22,7 +22,7 @@ from llmpipe_cli.cluster.facts import interface_to
 from llmpipe_cli.cluster.launchers.local import COLLECT_SECONDS
 from llmpipe_cli.cluster.outcome import Outcome, has_failed, judge, write_status
 from llmpipe_cli.cluster.rank import RUN_VARIABLE
-from llmpipe_cli.cluster.torchrun import Meeting, RankProcesses, fixed_environment, torchrun_argv
+from llmpipe_cli.cluster.torchrun import Meeting, fixed_environment, start_torchrun, torchrun_argv
 from llmpipe_cli.errors import EXIT_STOPPED, LlmpipeError, NodeError
 from llmpipe_cli.run import RunDirectory, read_json, write_json, write_text
 
@@ -77,7 +77,7 @@ def node(run: RunDirectory) -> int:
         environment.setdefault("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", interface))
         environment.setdefault("NCCL_SOCKET_IFNAME", os.environ.get("NCCL_SOCKET_IFNAME", f"={interface}"))
     argv = torchrun_argv(count, num_nodes=job["nodes"], node_rank=number, meeting=Meeting(**meeting))
-    processes = RankProcesses(argv, environment, run.logs / f"launcher-{number:03d}.log")
+    processes = start_torchrun(argv, environment, run.logs / f"launcher-{number:03d}.log")
     deadline: float | None = None
     while (code := processes.poll()) is None:
         if deadline is None and has_failed(run, len(job["stages"])):

@@ -70,8 +70,10 @@ def fixed_environment(run: Path, worker: str, grace_seconds: float) -> dict[str,
     }
 
 
-class RankProcesses:
-    """torchrun and everything under it on this machine. Build it in a thread that lives as long as the job.
+def start_torchrun(
+    argv: Sequence[str], environment: Mapping[str, str], log: Path, mark: str | None = None
+) -> RankProcesses:
+    """Start torchrun, tied to this thread: call it in one that lives as long as the job.
 
     Args:
         argv: the command line.
@@ -82,20 +84,35 @@ class RankProcesses:
     Raises:
         OSError: torchrun cannot be started.
     """
+    mark = mark or draw_mark()
+    file: IO[bytes]
+    with log.open("ab") as file:
+        agent = subprocess.Popen(
+            guarded(list(argv)),
+            env=os.environ | dict(environment) | guard_environment() | {MARK_VARIABLE: mark},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return RankProcesses(agent, mark)
 
-    def __init__(self, argv: Sequence[str], environment: Mapping[str, str], log: Path, mark: str | None = None) -> None:
-        self._mark = mark or secrets.token_hex(16)
-        variables = os.environ | dict(environment) | guard_environment() | {MARK_VARIABLE: self._mark}
-        file: IO[bytes]
-        with log.open("ab") as file:
-            self._agent = subprocess.Popen(
-                guarded(list(argv)),
-                env=variables,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+
+def draw_mark() -> str:
+    """A random mark for the processes of one job."""
+    return secrets.token_hex(16)
+
+
+class RankProcesses:
+    """torchrun, or what stands in its place, and everything under it on this machine.
+
+    Args:
+        agent: the process, leader of a group of its own.
+        mark: the value of `MARK_VARIABLE` in its environment.
+    """
+
+    def __init__(self, agent: subprocess.Popen[bytes], mark: str) -> None:
+        self._agent, self._mark = agent, mark
 
     @property
     def pid(self) -> int:

@@ -115,6 +115,9 @@ class Launcher(ABC):
             UsageError: `requested` or the choice of nodes makes no sense.
         """
 
+    def warm_up(self) -> None:  # noqa: B027 (most launchers have nothing to do)
+        """A job will be started soon on `devices`: begin with what can be done before its plan is known."""
+
     def planned_devices(self, requested: int | None) -> Devices:
         """The devices to plan for as far as they are known without reaching a node; see `devices`."""
         return self.devices(requested)

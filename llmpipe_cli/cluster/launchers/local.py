@@ -1,15 +1,21 @@
-"""Runs all ranks on this machine under torchrun, and watches over them (see `cluster.torchrun`)."""
+"""Runs all ranks on this machine under torchrun, and watches over them (see `cluster.torchrun`).
+
+On a machine without accelerators the ranks are forks of a process that was started before the plan was made
+(`cluster.warm`), unless the job brings variables of its own, which libraries may read while they are imported.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
 
-from llmpipe_cli.cluster.devices import Devices, local_devices, num_cores
+from llmpipe_cli.cluster.devices import Devices, has_driver, local_devices, num_cores
 from llmpipe_cli.cluster.launchers.base import Job, Launcher, LaunchSpec, NodeCommand, launch_script
 from llmpipe_cli.cluster.outcome import Outcome, has_failed, judge, vanished_guardians
-from llmpipe_cli.cluster.torchrun import RankProcesses, fixed_environment, torchrun_argv
+from llmpipe_cli.cluster.torchrun import RankProcesses, fixed_environment, start_torchrun, torchrun_argv
+from llmpipe_cli.cluster.warm import WarmStart
 from llmpipe_cli.errors import EXIT_INTERRUPTED, NodeError, RankError
 from llmpipe_cli.run import write_text
 
@@ -22,6 +28,9 @@ class LocalLauncher(Launcher):
 
     name = "local"
 
+    def __init__(self) -> None:
+        self._warm: WarmStart | None = None
+
     def devices(self, requested: int | None) -> Devices:
         return local_devices(requested)
 
@@ -29,26 +38,45 @@ class LocalLauncher(Launcher):
         argv = torchrun_argv(spec.num_ranks)
         return [NodeCommand(socket.gethostname(), tuple(argv), _environment(spec))]
 
+    def warm_up(self) -> None:
+        if self._warm is None and not has_driver():
+            with contextlib.suppress(OSError):
+                self._warm = WarmStart()
+
     def start(self, spec: LaunchSpec) -> LocalJob:
-        return LocalJob(spec, self.commands(spec)[0])
+        command = self.commands(spec)[0]
+        write_text(spec.run.launch_script, launch_script([command]))
+        spec.run.launch_script.chmod(0o755)
+        processes = self._start_warm(spec, command)
+        if processes is None:
+            try:
+                processes = start_torchrun(command.argv, command.environment, spec.run.launcher_log)
+            except OSError as error:
+                raise NodeError(f"torchrun cannot be started: {error}", where=command.host) from error
+        return LocalJob(spec, processes)
+
+    def close(self) -> None:
+        if self._warm is not None:
+            self._warm.close()
+            self._warm = None
+
+    def _start_warm(self, spec: LaunchSpec, command: NodeCommand) -> RankProcesses | None:
+        if self._warm is None or spec.environment:
+            return None
+        warm, self._warm = self._warm, None
+        return warm.start_ranks(spec.num_ranks, command.environment, spec.run.launcher_log)
 
 
 class LocalJob(Job):
     """A job that runs on this machine."""
 
-    def __init__(self, spec: LaunchSpec, command: NodeCommand) -> None:
-        self._spec = spec
+    def __init__(self, spec: LaunchSpec, processes: RankProcesses) -> None:
+        self._spec, self._processes = spec, processes
         self._outcome: Outcome | None = None
         self._deadline: float | None = None
         self._deadline_reason = ""
         self._kill_requested = False
         self._vanished: list[int] = []
-        write_text(spec.run.launch_script, launch_script([command]))
-        spec.run.launch_script.chmod(0o755)
-        try:
-            self._processes = RankProcesses(command.argv, command.environment, spec.run.launcher_log)
-        except OSError as error:
-            raise NodeError(f"torchrun cannot be started: {error}", where=command.host) from error
 
     @property
     def agent_pid(self) -> int:
