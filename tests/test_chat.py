@@ -34,7 +34,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._file, text.encode())
 
-    def wait_for(self, pattern: str, seconds: float = 120) -> re.Match[str]:
+    def wait_for(self, pattern: str, seconds: float = 300) -> re.Match[str]:
         """Read until the pattern comes, and forget what was before its end."""
         end = time.monotonic() + seconds
         while (found := re.search(pattern, self.output)) is None:
@@ -47,7 +47,7 @@ class Terminal:
         self.output = self.output[found.end() :]
         return found
 
-    def end(self, seconds: float = 60) -> int:
+    def end(self, seconds: float = 240) -> int:
         """Exit code of the command."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -122,11 +122,11 @@ def test_prompts_from_a_file(model: Path, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("\n\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
     flags = ["--prompts", "in.jsonl", "-o", "out.jsonl", "--max-new-tokens", "20", "--batch-size", "2", "--stages", "2"]
     command = [*LLMPIPE, "generate", str(model), "--devices", "2", *flags]
-    subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
     results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [result["prompt"] for result in results] == prompts
     assert [result["text"] for result in results] == _expected(model, prompts, do_sample=False)
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n{"text": "x"}\n')
-    failed = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    failed = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert failed.returncode == 2
     assert "in.jsonl:2" in failed.stderr

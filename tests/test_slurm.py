@@ -96,7 +96,7 @@ def test_killed_rank_inside_an_allocation(folder: Path, slurm: dict[str, str]) -
     found = wait_for(lambda: [run for run in list_runs(folder / "runs") if run.recipe_name == "inside"], train)
     wait_for(lambda: steps(found[0]), train)
     os.kill(read_json(found[0].rank_record(1))["worker_pid"], signal.SIGKILL)
-    _, err = train.communicate(timeout=60)
+    _, err = train.communicate(timeout=240)
     assert train.returncode == 4
     assert "the rank was killed by signal 9 (SIGKILL)" in err
     assert "rank 1 (host" in err
@@ -133,7 +133,7 @@ def steps(run: RunDirectory) -> list[dict[str, float]]:
     return [line for line in read_metrics(run.metrics) if "event" not in line]
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str] | None = None, seconds: float = 120.0) -> Any:
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str] | None = None, seconds: float = 300.0) -> Any:
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "it does not happen"

@@ -163,7 +163,7 @@ def runs(folder: Path, *arguments: str) -> Any:
     return llmpipe(folder, "runs", *arguments)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 90.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it does not happen"

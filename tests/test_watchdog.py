@@ -21,7 +21,7 @@ model:
   config: {model_type: llama, vocab_size: 100, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
            num_attention_heads: 2}
 data: {train: {synthetic: true}, sequence_len: 16}
-train: {max_steps: 100000, global_batch_size: 8, micro_batch_size: 1, hang_timeout_seconds: 4}
+train: {max_steps: 100000, global_batch_size: 8, micro_batch_size: 1, hang_timeout_seconds: 8}
 parallel: {pipeline: 2, schedule: 1f1b}
 """
 
@@ -44,11 +44,11 @@ def test_a_stopped_process_is_named(tmp_path: Path, stopped: int) -> None:
     record = read_json(run.rank_record(stopped))
     assert record is not None
     os.kill(record["worker_pid"], signal.SIGSTOP)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 4, err
     place = f"rank {stopped} (host {socket.gethostname()}, stage {stopped})"
     assert place in err
-    assert "has been silent for 4 s; it was last seen at step" in err
+    assert "has been silent for 8 s; it was last seen at step" in err
     other = 1 - stopped
     assert f"rank {other} (stage {other}) waits at step" in err
     assert "of micro-batch" in err
@@ -99,11 +99,11 @@ def test_work_that_does_not_end(tmp_path: Path, state: str, expected: str, has_s
 
 
 def _wait_for_steps(runs: Path, process: subprocess.Popen[str]) -> RunDirectory:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while time.monotonic() < end:
         assert process.poll() is None, process.communicate()[1]
         for run in list_runs(runs):
             if run.metrics.exists() and run.metrics.read_text().count('"loss"') >= _STEPS:
                 return run
         time.sleep(0.1)
-    raise AssertionError("no steps within two minutes")
+    raise AssertionError("no steps within five minutes")
