@@ -113,7 +113,7 @@ def _name(changes: Sequence[str]) -> str:
 
 def _plan(loaded: LoadedRecipe, options: jobs.LaunchOptions) -> Plan:
     data = jobs.prepare(loaded)
-    return jobs.plan_job(loaded.recipe, data, jobs.devices_for(options), job="bench", loaded=loaded)
+    return jobs.plan_job(loaded.recipe, data, jobs.devices_for(options, job_follows=False), job="bench", loaded=loaded)
 
 
 def _distinct(plans: list[tuple[str, LoadedRecipe, Plan]]) -> list[tuple[str, LoadedRecipe, Plan]]:
@@ -142,7 +142,7 @@ def _peak(plan: Plan, options: jobs.LaunchOptions) -> float | None:
 
     if plan.device == "cpu":
         return None
-    devices = jobs.devices_for(options)
+    devices = jobs.devices_for(options, job_follows=False)
     device = match_device(devices.name, devices.memory_bytes)
     return device.peak(plan.recipe["model"]["dtype"]) if device is not None else None
 

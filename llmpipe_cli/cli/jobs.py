@@ -167,8 +167,12 @@ def _is_other_tokenizer(directory: str | None, checkpoint: Path) -> bool:
     return None not in vocabularies and vocabularies[0] != vocabularies[1]
 
 
-def devices_for(options: LaunchOptions) -> Devices:
+def devices_for(options: LaunchOptions, *, job_follows: bool = True) -> Devices:
     """The devices to plan for; warnings about them are printed. A dry run reaches no node.
+
+    Args:
+        options: flags.
+        job_follows: one job is started as soon as it is planned.
 
     Raises:
         PreflightError: more accelerators are asked for than there are, or a node cannot be used.
@@ -178,7 +182,8 @@ def devices_for(options: LaunchOptions) -> Devices:
         devices = launcher.planned_devices(options.devices) if options.dry_run else launcher.devices(options.devices)
     if devices.warning:
         console.say(f"warning: {devices.warning}", "yellow")
-    warm_up(options)
+    if job_follows:
+        warm_up(options)
     return devices
 
 

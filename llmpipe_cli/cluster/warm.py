@@ -12,6 +12,7 @@ CUDA does not survive a fork, so a machine with a driver for accelerators is nev
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -92,7 +93,8 @@ class WarmStart:
 def main() -> None:
     """Import, wait for the order, and be the agent of its ranks."""
     for name in _IMPORTS:
-        importlib.import_module(name)
+        with contextlib.suppress(Exception):  # who needs it imports it again, and says where its output is read
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()  # what was imported is shared with the forks as long as nobody touches it
     line = sys.stdin.buffer.readline()
