@@ -39,10 +39,10 @@ class Commands:
 
     Args:
         folder: the working directory.
-        pool: where ranks run.
+        pool: where ranks run; None for commands that start none.
     """
 
-    def __init__(self, folder: Path, pool: RankPool) -> None:
+    def __init__(self, folder: Path, pool: RankPool | None) -> None:
         self.folder, self._pool = folder, pool
 
     def run(self, *arguments: str, exit_code: int = 0) -> Printed:
@@ -55,7 +55,9 @@ class Commands:
             patch.setenv("LLMPIPE_CACHE", str(self.folder / "cache"))
             patch.setenv("NO_COLOR", "1")
             patch.setattr(sys, "argv", ["llmpipe", *arguments])
-            patch.setattr("llmpipe_cli.cli.jobs.make_launcher", lambda name, flags: PoolLauncher(self._pool))
+            pool = self._pool
+            if pool is not None:
+                patch.setattr("llmpipe_cli.cli.jobs.make_launcher", lambda name, flags: PoolLauncher(pool))
             try:
                 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                     app.main()

@@ -243,10 +243,13 @@ def test_memory_while_loading_is_the_stages_own(model_type: str, tmp_path: Path)
     build_stage(cls, config, plan, range(plan.num_segments), seed=1).save_pretrained(tmp_path, max_shard_size="100MB")
     total = sum(segment.num_parameters for segment in plan.segments) * 4
     assert 200e6 < total < 400e6
-    for seed in ("-", "3"):
-        output = subprocess.run(
-            [sys.executable, "-c", _MEASURE, str(tmp_path), seed], capture_output=True, text=True, check=True
-        ).stdout
+    measurements = [
+        subprocess.Popen([sys.executable, "-c", _MEASURE, str(tmp_path), seed], stdout=subprocess.PIPE, text=True)
+        for seed in ("-", "3")
+    ]
+    outputs = [process.communicate()[0] for process in measurements]
+    assert not any(process.returncode for process in measurements)
+    for output in outputs:
         measured = json.loads(output.strip().splitlines()[-1])
         assert 0.3 * total < measured["own"] < 0.7 * total
         assert measured["after"] >= 0.95 * measured["own"], "weights must not stay mapped to the file"

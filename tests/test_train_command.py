@@ -1,4 +1,7 @@
-"""The commands as users type them, over real ranks: train, stop, resume on another layout, evaluate, generate."""
+"""The commands as users type them, over real ranks: train, stop, resume on another layout, evaluate, generate.
+
+Those that end as they began, when all is well, are run in this process (tests/commands.py).
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Commands
+from rank_pool import RankPool
 
 from llmpipe_cli.recipe.load import load_recipe
 from llmpipe_cli.report.history import load_history
@@ -48,6 +54,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def inside(folder: Path) -> Iterator[Commands]:
+    """Commands in this process, in the same folder."""
+    with RankPool(2) as pool:
+        yield Commands(folder, pool)
+
+
 def llmpipe(folder: Path, *arguments: str, exit_code: int = 0) -> subprocess.CompletedProcess[str]:
     process = subprocess.run(
         command(*arguments), capture_output=True, text=True, check=False, cwd=folder, env=environment(folder)
@@ -73,7 +86,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def test_dry_run_starts_nothing(folder: Path) -> None:
-    document = llmpipe_json(folder, "train", "tiny.yaml", "--dry-run", "--env", "MY_API_KEY=secret")
+    document = Commands(folder, None).json("train", "tiny.yaml", "--dry-run", "--env", "MY_API_KEY=secret")
     assert document["layout"]["pipeline"] == 2
     assert document["layout"]["num_micro_batches"] == 4
     node = document["commands"][0]
@@ -101,10 +114,10 @@ def test_train_leaves_a_whole_run_directory(folder: Path) -> None:
     assert [path.name for path in run.log_files()] == ["rank-00000.log", "rank-00001.log"]
 
 
-def test_resume_on_another_layout_goes_on_with_the_same_curve(folder: Path) -> None:
+def test_resume_on_another_layout_goes_on_with_the_same_curve(folder: Path, inside: Commands) -> None:
     whole = list_runs(folder / "runs")[0]
     checkpoint = str(whole.checkpoint(2))
-    document = llmpipe_json(folder, "train", "tiny.yaml", "--resume", checkpoint, "--set", "parallel.pipeline=1")
+    document = inside.json("train", "tiny.yaml", "--resume", checkpoint, "--set", "parallel.pipeline=1")
     resumed = RunDirectory(Path(document["run"]))
     assert resumed != whole
     history, undisturbed = load_history(resumed), load_history(whole)
@@ -112,7 +125,7 @@ def test_resume_on_another_layout_goes_on_with_the_same_curve(folder: Path) -> N
     assert [step for step, _ in history.train] == [1, 2, 3, 4, 5, 6]
     for (_, mine), (_, theirs) in zip(history.train, undisturbed.train, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)
-    report = llmpipe_json(folder, "runs", "report", resumed.name, "--compare", whole.name, "-o", "compare.png")
+    report = inside.json("runs", "report", resumed.name, "--compare", whole.name, "-o", "compare.png")
     assert report["comparisons"][0]["num_steps"] == 6
     assert report["comparisons"][0]["max_relative_difference"] < 1e-5
     assert (folder / "compare.png").is_file()
@@ -142,13 +155,13 @@ def test_sigterm_saves_and_stops(folder: Path) -> None:
     assert stopped.steps_saved()[-1] == last["step"], "the step it was stopped at is saved"
 
 
-def test_changed_text_keeps_the_tokenizer_of_the_checkpoint(folder: Path) -> None:
+def test_changed_text_keeps_the_tokenizer_of_the_checkpoint(folder: Path, inside: Commands) -> None:
     run = list_runs(folder / "runs")[0]
     evaluations = [line for line in read_metrics(run.metrics) if line.get("event") == "evaluation"]
     extra = folder / "corpus" / "extra.txt"
     extra.write_text("quizzical " * 3000)
     try:
-        process = llmpipe(folder, "evaluate", "tiny.yaml", "--checkpoint", run.name, "--json")
+        process = inside.run("evaluate", "tiny.yaml", "--checkpoint", run.name, "--json")
     finally:
         extra.unlink()
     assert "its own tokenizer is kept" in process.stderr
@@ -163,21 +176,22 @@ def test_generate_goes_on_from_prompts(folder: Path) -> None:
     assert all(result["text"] for result in document["generations"])
 
 
-def test_runs_are_listed(folder: Path) -> None:
-    rows = llmpipe_json(folder, "runs", "ls")["runs"]
+def test_runs_are_listed(folder: Path, inside: Commands) -> None:
+    rows = inside.json("runs", "ls")["runs"]
     assert [row["state"] for row in rows if row["job"] == "train"] == ["done", "done", "stopped"]
     assert {row["job"] for row in rows} == {"train", "evaluate", "generate"}
-    text = llmpipe(folder, "runs", "logs", "tiny", "--rank", "0").stdout
-    assert text == RunDirectory.find("tiny", folder / "runs").rank_log(0).read_text()
-    llmpipe(folder, "runs", "show", "tiny", "--svg", "view.svg")
+    first = list_runs(folder / "runs")[0]
+    text = inside.run("runs", "logs", first.name, "--rank", "0").stdout
+    assert text == first.rank_log(0).read_text() != ""
+    inside.run("runs", "show", "tiny", "--svg", "view.svg")
     assert (folder / "view.svg").read_text().startswith("<svg")
 
 
-def test_mistakes_in_data_are_told_before_any_rank_starts(folder: Path) -> None:
+def test_mistakes_in_data_are_told_before_any_rank_starts(folder: Path, inside: Commands) -> None:
     before = len(list_runs(folder / "runs"))
-    process = llmpipe(folder, "train", "tiny.yaml", "--set", "data.train.files=none/*.txt", exit_code=2)
+    process = inside.run("train", "tiny.yaml", "--set", "data.train.files=none/*.txt", exit_code=2)
     assert "none/*.txt" in process.stderr
-    process = llmpipe(folder, "train", "tiny.yaml", "--set", "parallel.pipeline=9", exit_code=2)
+    process = inside.run("train", "tiny.yaml", "--set", "parallel.pipeline=9", exit_code=2)
     assert "9 stages, but the model can be cut into" in process.stderr
     assert "at --set parallel.pipeline=9 (parallel.pipeline)" in process.stderr
     assert len(list_runs(folder / "runs")) == before
