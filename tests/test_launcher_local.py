@@ -256,8 +256,8 @@ def worker_pids(run: RunDirectory) -> list[int]:
 def alive(run: RunDirectory) -> list[int]:
     """The ranks' processes, and all that carry the run directory in their environment or command line."""
     records = [read_json(run.rank_record(rank)) or {} for rank in (0, 1)]
-    pids = [record.get(key) for record in records for key in ("pid", "worker_pid")]
-    found = [pid for pid in pids if pid is not None and is_running(pid)]
+    ranks = {record.get(key) for record in records for key in ("pid", "worker_pid")}
+    found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
@@ -265,7 +265,8 @@ def alive(run: RunDirectory) -> list[int]:
             text = (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes()
         except OSError:
             continue
-        if os.fsencode(run.path) in text and is_running(int(entry.name)):
+        of_the_run = os.fsencode(run.path) in text or (text and int(entry.name) in ranks)
+        if of_the_run and is_running(int(entry.name)):
             found.append(int(entry.name))
     return found
 
