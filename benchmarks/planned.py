@@ -1,9 +1,12 @@
-"""Predicted beside measured on this machine: small models on several layouts, after a calibration on some of them.
+"""Predicted beside measured on this machine: small models on one or two ranks of one thread each.
 
-    python benchmarks/planned.py FOLDER [--seconds S]
+    python benchmarks/planned.py FOLDER [--seconds 200]
 
-Trains each model for a few steps in FOLDER (runs that are there already are not repeated), calibrates on the runs
-marked below and predicts the step time of all of them.
+Trains each case for a few steps, calibrates on the cases named in CALIBRATED_ON and predicts the step time of all of
+them. The cases whose names begin with "pick-" are all the layouts that two ranks can have for two recipes: printed is
+how much slower the layout that the planner picks is than the best measured. What is measured is kept in
+FOLDER/measured.json, so that the next call goes on where the time ran out; a case beside which other work took a
+twentieth of the processors' time is marked, and measured again by the next call.
 """
 
 from __future__ import annotations
@@ -12,100 +15,175 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-WARMUP, STEPS = 3, 8
-# name, layers, hidden, sequence, micro-batch, global batch, pipeline, data, schedule; the first are calibrated on
-CASES: list[tuple[str, int, int, int, int, int, int, int, str]] = [
-    ("a1", 4, 256, 128, 2, 8, 1, 1, "1f1b"),
-    ("b1", 6, 512, 128, 2, 8, 1, 1, "1f1b"),
-    ("a2", 4, 256, 128, 2, 8, 2, 1, "1f1b"),
-    ("a2z", 4, 256, 128, 2, 8, 2, 1, "zb-h1"),
-    ("a1r", 4, 256, 128, 2, 8, 1, 2, "1f1b"),
-    ("b2", 6, 512, 128, 2, 8, 2, 1, "1f1b"),
-    ("b2z", 6, 512, 128, 1, 8, 2, 1, "zb-h1"),
-    ("b1m", 6, 512, 128, 4, 8, 1, 1, "1f1b"),
-    ("c1", 10, 320, 192, 2, 8, 1, 1, "1f1b"),
-    ("c2", 10, 320, 192, 2, 8, 2, 1, "1f1b"),
-    ("c2r", 10, 320, 192, 2, 8, 1, 2, "1f1b"),
-    ("d2", 3, 768, 96, 4, 16, 2, 1, "1f1b"),
-]
-CALIBRATED_ON = ("a1", "a2")
+from ranks import Ranks
+
+WARMUP, STEPS = 3, 10
+DISTURBED = 0.05
 
 
-def recipe(case: tuple[str, int, int, int, int, int, int, int, str]) -> str:
-    """The recipe of a case."""
-    name, layers, hidden, sequence, micro, batch, pipeline, data, schedule = case
-    return f"""
-name: {name}
-model:
-  config: {{model_type: llama, hidden_size: {hidden}, intermediate_size: {hidden * 8 // 3}, num_hidden_layers: {layers},
-           num_attention_heads: {hidden // 64}, num_key_value_heads: {hidden // 64}, vocab_size: 2048,
-           max_position_embeddings: 512}}
-data: {{train: {{synthetic: true}}, sequence_len: {sequence}}}
-train: {{max_steps: {WARMUP + STEPS}, global_batch_size: {batch}, micro_batch_size: {micro}}}
-parallel: {{pipeline: {pipeline}, data: {data}, tensor: 1, schedule: {schedule}, zero_stage: 0}}
-"""
+@dataclass(frozen=True)
+class Case:
+    """A small Llama on a layout: batch sizes in samples, lengths in tokens."""
+
+    layers: int
+    hidden: int
+    sequence: int
+    micro_batch: int
+    batch: int
+    pipeline: int
+    data: int
+    schedule: str = "1f1b"
+    zero_stage: int = 0
+
+    def recipe(self, name: str) -> dict[str, Any]:
+        """The case as a recipe."""
+        heads = self.hidden // 64
+        return {
+            "name": name,
+            "model": {
+                "config": {
+                    "model_type": "llama", "hidden_size": self.hidden, "intermediate_size": self.hidden * 8 // 3,
+                    "num_hidden_layers": self.layers, "num_attention_heads": heads, "num_key_value_heads": heads,
+                    "vocab_size": 2048, "max_position_embeddings": 512,
+                }
+            },
+            "data": {"train": {"synthetic": True}, "sequence_len": self.sequence},
+            "train": {
+                "max_steps": WARMUP + STEPS, "global_batch_size": self.batch, "micro_batch_size": self.micro_batch
+            },
+            "parallel": {
+                "pipeline": self.pipeline, "data": self.data, "tensor": 1, "schedule": self.schedule,
+                "zero_stage": self.zero_stage,
+            },
+        }  # fmt: skip
 
 
-def run(case: tuple[str, int, int, int, int, int, int, int, str], folder: Path) -> Path | None:
-    """The run directory of a case, made if it is not there; one thread a rank."""
-    done = [path for path in sorted((folder / "runs").glob(f"{case[0]}-2*")) if any((path / "timeline").glob("*.json"))]
-    if done:
-        return done[-1]
-    path = folder / f"{case[0]}.yaml"
-    path.write_text(recipe(case))
-    command = [sys.executable, "-m", "llmpipe_cli", "train", path.name, "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    if ended.returncode:
-        print(ended.stderr[-2000:], file=sys.stderr)
-        return None
-    return folder / json.loads(ended.stdout)["run"]
+CASES = {
+    "a1": Case(4, 256, 128, 2, 8, 1, 1),
+    "b1": Case(6, 512, 128, 2, 8, 1, 1),
+    "a2": Case(4, 256, 128, 2, 8, 2, 1),
+    "a1r": Case(4, 256, 128, 2, 8, 1, 2),
+    "a2z": Case(4, 256, 128, 2, 8, 2, 1, "zb-h1"),
+    "b2": Case(6, 512, 128, 2, 8, 2, 1),
+    "b2z": Case(6, 512, 128, 1, 8, 2, 1, "zb-h1"),
+    "b1m": Case(6, 512, 128, 4, 8, 1, 1),
+    "c1": Case(10, 320, 192, 2, 8, 1, 1),
+    "c2": Case(10, 320, 192, 2, 8, 2, 1),
+    "c2r": Case(10, 320, 192, 2, 8, 1, 2),
+    "d2": Case(3, 768, 96, 4, 16, 2, 1),
+}
+CALIBRATED_ON = ("a1", "b1", "a2", "a1r")
+_LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {"pipeline": 1, "data": 1},
+    "replicas": {"pipeline": 1, "data": 2},
+    "zero": {"pipeline": 1, "data": 2, "zero_stage": 1},
+    **{
+        name: {"pipeline": 2, "data": 1, "schedule": name} for name in ("1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v")
+    },
+}
+PICKED = {"wide": Case(4, 384, 128, 2, 16, 1, 1), "deep": Case(8, 192, 128, 2, 8, 1, 1)}
+for _recipe, _case in PICKED.items():
+    for _name, _layout in _LAYOUTS.items():
+        CASES[f"pick-{_recipe}-{_name}"] = Case(**{**vars(_case), **_layout})
 
 
-def measured(path: Path) -> float:
+class Processors:
+    """Processor seconds of this machine and of this process with its children."""
+
+    def __init__(self) -> None:
+        self.begun, self.all, self.own = time.monotonic(), _busy_seconds(), _own_seconds()
+
+    def others(self) -> float:
+        """Share of the processors' time that other work took since the beginning."""
+        foreign = _busy_seconds() - self.all - (_own_seconds() - self.own)
+        return max(0.0, foreign) / (time.monotonic() - self.begun) / (os.cpu_count() or 1)
+
+
+def _busy_seconds() -> float:
+    fields = [float(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    """Processor seconds of this process and of its living children."""
+    pids = [os.getpid()]
+    for task in Path(f"/proc/{os.getpid()}/task").iterdir():
+        pids += [int(pid) for pid in (task / "children").read_text().split()]
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    return sum(float(own[11]) + float(own[12]) for own in fields) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(folder: Path, seconds: float) -> dict[str, Any]:
+    """What each case took, as far as the time reaches."""
+    kept = folder / "measured.json"
+    found: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+    left = [name for name in CASES if name not in found]
+    left += [name for name in CASES if name in found and found[name]["others"] > DISTURBED]
+    started = time.monotonic()
+    if not left:
+        return found
+    with Ranks(2) as ranks:
+        warm = {**CASES["a2"].recipe("warm")}
+        ranks.run(folder, {**warm, "train": {**warm["train"], "max_steps": 2}})
+        for name in left:
+            if time.monotonic() - started > seconds:
+                break
+            processors = Processors()
+            run, _ = ranks.run(folder, CASES[name].recipe(name))
+            others, took = processors.others(), step_seconds(run)
+            print(f"{name:22s} {took:.4f} s a step; others took {others:.0%}", flush=True)
+            if name not in found or others < found[name]["others"]:
+                found[name] = {"run": str(run), "seconds": took, "others": others}
+                kept.write_text(json.dumps(found, indent=1))
+    return found
+
+
+def step_seconds(run: Path) -> float:
     """Median step time after the warm-up, in seconds."""
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return statistics.median([line["step_seconds"] for line in lines if "event" not in line][WARMUP:])
 
 
 def main() -> None:
+    """Measure what is left, predict, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no further case after so long")
+    parser.add_argument("--only-measure", action="store_true")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(exist_ok=True, parents=True)
+    measured = measure(arguments.folder, arguments.seconds)
+    if arguments.only_measure:
+        return
+
     from llmpipe_cli.plan.calibration import planned_candidate
     from llmpipe_cli.plan.plan import Plan
     from llmpipe_cli.plan.propose import read_calibration, this_machine
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no further run after so long")
-    parser.add_argument("--only-measure", action="store_true")
-    arguments = parser.parse_args()
-    arguments.folder.mkdir(exist_ok=True, parents=True)
-    started = time.monotonic()
-    runs: dict[str, Path] = {}
-    for case in CASES:
-        if time.monotonic() - started < arguments.seconds or any((arguments.folder / "runs").glob(f"{case[0]}-2*")):
-            path = run(case, arguments.folder)
-            if path is not None:
-                runs[case[0]] = path
-                print(case[0], f"{measured(path):.4f} s a step", flush=True)
-    if arguments.only_measure:
-        return
-    calibration = read_calibration([runs[name] for name in CALIBRATED_ON])
-    assert calibration is not None
-    errors: list[Any] = []
-    for name, path in runs.items():
-        candidate = planned_candidate(Plan.load(path / "plan.json"), this_machine(2), calibration)
+    calibration = read_calibration([Path(measured[name]["run"]) for name in CALIBRATED_ON])
+    print(calibration)
+    predicted: dict[str, float] = {}
+    for name, case in measured.items():
+        candidate = planned_candidate(Plan.load(Path(case["run"]) / "plan.json"), this_machine(2), calibration)
         assert candidate is not None
         assert candidate.seconds is not None
-        seconds = measured(path)
-        errors.append(candidate.seconds / seconds - 1)
-        print(f"{name:5s} measured {seconds:.4f} s, predicted {candidate.seconds:.4f} s ({errors[-1]:+.1%})")
-    print(f"median error {statistics.median(map(abs, errors)):.1%}, largest {max(map(abs, errors)):.1%}")
+        predicted[name] = candidate.seconds
+        own = " (calibrated on)" if name in CALIBRATED_ON else ""
+        off = candidate.seconds / case["seconds"] - 1
+        print(f"{name:22s} measured {case['seconds']:.4f} s, predicted {candidate.seconds:.4f} s ({off:+.1%}){own}")
+    errors = [abs(predicted[name] / case["seconds"] - 1) for name, case in measured.items()]
+    print(f"{len(errors)} cases: median error {statistics.median(errors):.1%}, largest {max(errors):.1%}")
+    for recipe in PICKED:
+        names = [name for name in measured if name.startswith(f"pick-{recipe}-")]
+        if len(names) == len(_LAYOUTS):
+            best, picked = min(names, key=lambda name: measured[name]["seconds"]), min(names, key=predicted.__getitem__)
+            off = measured[picked]["seconds"] / measured[best]["seconds"] - 1
+            print(f"{recipe}: picks {picked}, {off:+.1%} of the best measured, {best}")
 
 
 if __name__ == "__main__":

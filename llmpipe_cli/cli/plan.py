@@ -120,7 +120,7 @@ def _what_if(job: Job, counts: list[int]) -> list[dict[str, Any]]:
 def _show(job: Job, found: Found, answer: dict[str, Any], recipe: Recipe) -> None:
     from llmpipe_cli.plan.search import num_chunks
     from llmpipe_cli.report import formats
-    from llmpipe_cli.report.plan import layouts_table, memory_bars, schedule_timeline
+    from llmpipe_cli.report.plan import layouts_table, memory_bars, scaling_table, schedule_timeline
     from llmpipe_cli.report.timeline import render
 
     out = console.stdout()
@@ -131,12 +131,12 @@ def _show(job: Job, found: Found, answer: dict[str, Any], recipe: Recipe) -> Non
         f"{found.num_fitting} of {found.num_considered} layouts fit",
         highlight=False,
     )
-    out.print(layouts_table(answer["layouts"], answer["chosen"]))
+    out.print(layouts_table(answer["layouts"], answer["chosen"], out.width))
     if not found.best:
         return
     best = found.best[0]
     out.print()
-    out.print(memory_bars(answer["layouts"][0], max(best.capacity)))
+    out.print(memory_bars(answer["layouts"][0], best.capacity, min(60, out.width - 38)))
     chunks = num_chunks(best.choice.schedule, job.pins.chunks)
     if 1 < best.choice.pipeline <= 16:
         out.print()
@@ -150,9 +150,9 @@ def _show(job: Job, found: Found, answer: dict[str, Any], recipe: Recipe) -> Non
             f"{training['device_hours']:,.1f} device-hours"
         )
     out.print(text, highlight=False)
-    for point in answer.get("nodes", []):
-        speed = formats.count(point["tokens_per_second"]) if point["layout"] else "nothing fits"
-        out.print(f"{point['nodes']} nodes, {point['devices']} devices: {point['layout'] or ''} {speed} tokens/s")
+    if answer.get("nodes"):
+        out.print()
+        out.print(scaling_table(answer["nodes"]))
 
 
 def _draw(job: Job, found: Found, points: list[dict[str, Any]], path: Path) -> None:

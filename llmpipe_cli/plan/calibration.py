@@ -1,8 +1,9 @@
 """What was measured, in place of the table's rates: links that `llmpipe doctor` timed, devices that a bench ran on.
 
 A calibration file is JSON with any of `intra_node_gbps`, `inter_node_gbps` and `latency_seconds`. A run is a run
-directory of `llmpipe bench` (or train): what its stages computed a micro-batch, beside what is predicted for its own
-plan, gives the device's rate.
+directory of `llmpipe bench` (or train): what its stages took for a forward pass, a backward pass and the optimizer's
+step, beside what the table predicts for its own plan, gives the device's rates (`plan.rates`); how long replicas took
+to sum their gradients gives the link's. Runs of several widths and numbers of ranks tell more than one run.
 """
 
 from __future__ import annotations
@@ -10,23 +11,27 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import math
 import statistics
-from collections.abc import Sequence
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.plan.cluster import Cluster
+from llmpipe_cli.plan.cost import Conditions, EndOfStep, Work, end_of_step, segment_work
+from llmpipe_cli.plan.engines import OURS
+from llmpipe_cli.plan.profile import ModelProfile, SegmentProfile
+from llmpipe_cli.plan.rates import TABLE_RATES, Observation, Rates, fit_rates
 
 if TYPE_CHECKING:
     from llmpipe_cli.plan.plan import Plan
-    from llmpipe_cli.plan.profile import ModelProfile
     from llmpipe_cli.plan.search import Candidate
 
 
 _WARMUP = 3  # steps that say nothing about the others
+_PASSES = {"F": "F", "B": "IW", "I": "I", "W": "W"}  # the halves that an instruction consists of
+_LEAST_REDUCE_SECONDS = 1e-3  # shorter ones are latency
 
 
 @dataclass(frozen=True)
@@ -37,15 +42,16 @@ class Calibration:
         intra_node_gbps: Gbit/s inside a node; None where it was not measured.
         inter_node_gbps: Gbit/s between nodes.
         latency_seconds: time of an empty message between nodes.
-        speeds: work a second relative to the prediction, by the number of ranks of the run that it was measured in:
-            the cores of a processor are slower the more of them work.
+        passes: what passes of runs took, beside the prediction.
+        optimizer: what optimizer steps took.
         source: what it was read from.
     """
 
     intra_node_gbps: float | None = None
     inter_node_gbps: float | None = None
     latency_seconds: float | None = None
-    speeds: tuple[tuple[int, float], ...] = ()
+    passes: tuple[Observation, ...] = ()
+    optimizer: tuple[Observation, ...] = ()
     source: str = ""
 
     def joined(self, other: Calibration) -> Calibration:
@@ -54,9 +60,14 @@ class Calibration:
             other.intra_node_gbps or self.intra_node_gbps,
             other.inter_node_gbps or self.inter_node_gbps,
             other.latency_seconds or self.latency_seconds,
-            (*self.speeds, *other.speeds),
+            (*self.passes, *other.passes),
+            (*self.optimizer, *other.optimizer),
             " ".join(filter(None, (self.source, other.source))),
         )
+
+    def rates(self) -> Rates:
+        """The devices' rates; the table's where no run was measured."""
+        return fit_rates(self.passes, self.optimizer) if self.passes else TABLE_RATES
 
     def apply(self, cluster: Cluster) -> Cluster:
         """The cluster with measured rates where there are any."""
@@ -75,14 +86,6 @@ class Calibration:
             inter_latency_seconds=self.latency_seconds or cluster.inter_latency_seconds,
             link_fraction=fraction,
         )
-
-
-def speed_of(speeds: Sequence[tuple[int, float]], num_ranks: int) -> float:
-    """Speed of a device among `num_ranks`: geometric mean of what was measured with the nearest number of ranks."""
-    if not speeds:
-        return 1.0
-    nearest = min((ranks for ranks, _ in speeds), key=lambda ranks: abs(math.log(ranks / num_ranks)))
-    return statistics.geometric_mean(speed for ranks, speed in speeds if ranks == nearest)
 
 
 def read_links(path: Path) -> Calibration:
@@ -123,6 +126,7 @@ def calibrate_run(path: Path) -> Calibration:
         UsageError: not a run directory, or one without a timeline.
     """
     from llmpipe_cli.plan.plan import Plan
+    from llmpipe_cli.plan.propose import machines_for
     from llmpipe_cli.run import RunDirectory, read_json, read_metrics
 
     run = RunDirectory(path)
@@ -133,17 +137,107 @@ def calibrate_run(path: Path) -> Calibration:
     if not isinstance(written, dict):
         raise UsageError(f"{path} has no timeline", where="--calibrate", hint="give a run of `llmpipe bench`")
     plan = Plan.load(run.plan)
-    predicted = predicted_stage_seconds(plan)
-    measured = [0.0] * len(predicted)
-    for rank in written["ranks"]:
-        if rank["replica"] == 0:
-            work = [record for record in rank["records"] if record["kind"] in ("F", "B", "I", "W")]
-            measured[rank["stage"]] += sum(record["end"] - record["start"] for record in work)
     lines = [line for line in read_metrics(run.metrics) if "event" not in line]
-    usual = statistics.median(line["step_seconds"] for line in lines[min(_WARMUP, len(lines) - 1) :])
-    this = next((line["step_seconds"] for line in lines if line["step"] == written["step"]), usual)
-    speed = sum(predicted) / max(sum(measured) * usual / this, 1e-9)
-    return Calibration(speeds=((plan.layout.num_ranks, speed),), source=str(path))
+    lines = lines[min(_WARMUP, len(lines) - 1) :]
+    cluster = machines_for(plan)
+    if cluster is None or not lines[0].get("stages"):
+        raise UsageError(f"{path} says too little of its devices and steps", where="--calibrate")
+    predicted, stages = _Predicted(plan, cluster), range(plan.layout.pipeline)
+    # ranks of a processor slow each other down while they work at the same time
+    beside = plan.layout.num_ranks - 1 if plan.device == "cpu" else 0
+    step = statistics.median(line["step_seconds"] for line in lines)
+    busy = statistics.mean(_median(lines, stage, "busy_seconds") for stage in stages) / step
+    passes = [
+        Observation(predicted.parts(plan.placement.part(stage, chunk), kind), seconds, beside * min(1.0, busy))
+        for (stage, chunk, kind), seconds in _usual_passes(written["ranks"], lines).items()
+    ]
+    steps = [
+        Observation((predicted.end(stage).optimizer,), _median(lines, stage, "optimizer_seconds"), beside)
+        for stage in stages
+        if _median(lines, stage, "optimizer_seconds") > 0
+    ]
+    links = _reduce_gbps(written["ranks"], predicted) if plan.layout.data > 1 and len(cluster.nodes) == 1 else None
+    return Calibration(links, passes=tuple(passes), optimizer=tuple(steps), source=str(path))
+
+
+def _median(lines: list[dict[str, Any]], stage: int, name: str) -> float:
+    """Median over steps of what a stage spent on something."""
+    return statistics.median(float(line["stages"][stage].get(name) or 0.0) for line in lines)
+
+
+def _usual_passes(ranks: list[dict[str, Any]], lines: list[dict[str, Any]]) -> dict[tuple[int, int, str], float]:
+    """Median seconds of a pass by stage, chunk and kind: those of the recorded step, scaled to the usual one."""
+    seconds: dict[tuple[int, int, str], list[float]] = defaultdict(list)
+    whole: dict[int, float] = defaultdict(float)
+    for rank in ranks:
+        for record in rank["records"]:
+            if record["kind"] in _PASSES:
+                took = record["end"] - record["start"]
+                seconds[rank["stage"], record["chunk"], record["kind"]].append(took)
+                whole[rank["stage"]] += took
+    members = len(ranks) / len(whole)
+    return {
+        key: statistics.median(own) * _median(lines, key[0], "busy_seconds") * members / whole[key[0]]
+        for key, own in seconds.items()
+    }
+
+
+def _reduce_gbps(ranks: list[dict[str, Any]], predicted: _Predicted) -> float | None:
+    """Gbit/s of a link from the all-reduce of gradients: who comes last to it does not wait, so the shortest counts."""
+    rates = []
+    for stage in range(predicted.plan.layout.pipeline):
+        took = min(
+            sum(record["end"] - record["begin"] for record in rank["records"] if record["kind"] == "reduce")
+            for rank in ranks
+            if rank["stage"] == stage
+        )
+        if took > _LEAST_REDUCE_SECONDS:
+            rates.append(predicted.end(stage).reduce / took)
+    cluster = predicted.conditions.cluster
+    return statistics.median(rates) * cluster.intra_node_gbps * cluster.link_fraction if rates else None
+
+
+class _Predicted:
+    """What the table predicts of a plan's own layout, part by part."""
+
+    def __init__(self, plan: Plan, cluster: Cluster) -> None:
+        recipe = plan.recipe
+        self.plan, self.profile = plan, plan_profile(plan)
+        self.conditions = Conditions(
+            cluster.nodes[0].device,
+            cluster,
+            OURS,
+            self.profile.dtype,
+            plan.micro_batch_size,
+            recipe["data"]["sequence_len"],
+            plan.layout.tensor,
+            plan.activation_checkpointing,
+        )
+
+    def _segments(self, part: int) -> tuple[SegmentProfile, ...]:
+        start, stop = self.plan.partition[part : part + 2]
+        return self.profile.segments[start:stop]
+
+    def parts(self, part: int, kind: str) -> tuple[float, float, float]:
+        """Seconds of a pass (F, B, I or W) through a part of the model: arithmetic, memory, launches."""
+        again = "F" if kind in "BI" and self.conditions.checkpointing == "full" else ""
+        works = [segment_work(segment, self.conditions) for segment in self._segments(part)]
+        total = sum((work["FIW".index(half)] for half in _PASSES[kind] + again for work in works), Work())
+        if self.conditions.device.is_cpu:
+            return total.arithmetic, total.memory, total.launches
+        return total.seconds(self.conditions.device), 0.0, 0.0  # its kinds of work go on at the same time
+
+    def end(self, stage: int) -> EndOfStep:
+        """The end of a stage's step."""
+        layout, placement = self.plan.layout, self.plan.placement
+        own = [part for part in range(placement.num_parts) if placement.owner(part)[0] == stage]
+        return end_of_step(
+            [segment for part in own for segment in self._segments(part)],
+            self.conditions,
+            data=layout.data,
+            zero_stage=self.plan.zero_stage,
+            pipeline=layout.pipeline,
+        )
 
 
 def plan_profile(plan: Plan) -> ModelProfile:
@@ -200,21 +294,7 @@ def planned_candidate(plan: Plan, cluster: Cluster, calibration: Calibration | N
         recipe["data"]["sequence_len"],
         optimizer=recipe["train"]["optimizer"],
         pins=pins,
-        speeds=calibration.speeds if calibration is not None else (),
+        rates=calibration.rates() if calibration is not None else TABLE_RATES,
     )
     found = search(job, keep=1)
     return next(iter([*found.best, *found.unfit]), None)
-
-
-def predicted_stage_seconds(plan: Plan) -> list[float]:
-    """Seconds that each stage of a plan computes in a step, predicted for this machine."""
-    from llmpipe_cli.plan.propose import machines_for
-
-    cluster = machines_for(plan)
-    candidate = None if cluster is None else planned_candidate(plan, cluster)
-    if candidate is None:
-        raise UsageError("the run's layout cannot be predicted", where="--calibrate")
-    seconds = [0.0] * plan.layout.pipeline
-    for part, cost in enumerate(candidate.costs):
-        seconds[plan.placement.owner(part)[0]] += cost.total * plan.num_micro_batches
-    return seconds

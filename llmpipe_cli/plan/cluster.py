@@ -7,6 +7,7 @@ devices as DeepSpeed's grid numbers them: tensor shards are neighbours, then rep
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +53,16 @@ class Cluster:
     link_fraction: float = LINK_FRACTION
     source: str = ""
 
-    @property
+    @cached_property
     def num_devices(self) -> int:
         return sum(node.count for node in self.nodes)
 
-    @property
+    @cached_property
     def devices_per_node(self) -> int:
         """Devices of the smallest node."""
         return min(node.count for node in self.nodes)
 
-    @property
+    @cached_property
     def is_uniform(self) -> bool:
         """All nodes have as many devices, of the same kind."""
         return len({(node.device, node.count) for node in self.nodes}) == 1

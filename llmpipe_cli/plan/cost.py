@@ -37,8 +37,12 @@ UNALIGNED_HEAD_FRACTION = 0.06
 FUSED_ATTENTION_FRACTION = {"v100": 0.35, "a100": 0.55, "h100": 0.42, "h200": 0.42}
 DEFAULT_FUSED_ATTENTION_FRACTION = 0.4
 """Share of the peak that fused attention reaches (Dao 2023, FlashAttention-2, figures 4 to 7)."""
-CPU_STREAMING = 2.5
-"""A processor's optimizer step streams whole arrays this much faster than the kernels of a layer move theirs."""
+CPU_WEIGHT_COPIES = 4.0
+"""On a processor, times that a product moves its weight matrix: read and packed, read again, results paged in."""
+CPU_BACKWARD_TRAFFIC = 1.0
+"""`BACKWARD_TRAFFIC` of a processor, whose caches still hold what the operation before wrote."""
+CPU_BACKWARD_LAUNCHES = 0.25
+"""Time of a processor's calls in a backward pass, relative to the forward pass's: the interpreter has no part in it."""
 BACKWARD_TRAFFIC = 1.6
 """Bytes that elementwise kernels move in a backward pass, as a multiple of the forward pass's."""
 ADAM_BYTES = 30.0
@@ -85,12 +89,12 @@ def product_seconds(device: Device, dtype: str, rows: float, inner: float, outer
         filled = max(_occupied(device.units, rows, outer, tile, batch) for tile in TILES)
         if dtype != "fp32" and (inner % ALIGNMENT or outer % ALIGNMENT):
             filled *= UNALIGNED_PRODUCT_FRACTION
+    seconds = flops / (device.peak(dtype) * device.matmul_fraction * filled)
+    if device.is_cpu:  # whose memory is counted apart, see `segment_work`
+        return seconds
     width = 4 if dtype == "fp32" else 2
     moved = width * batch * (rows * inner + inner * outer + rows * outer)
-    return max(
-        flops / (device.peak(dtype) * device.matmul_fraction * filled),
-        moved / (device.memory_bandwidth * device.memory_fraction),
-    )
+    return max(seconds, moved / (device.memory_bandwidth * device.memory_fraction))
 
 
 def _occupied(units: int, rows: float, outer: float, tile: tuple[int, int, float], batch: float) -> float:
@@ -121,9 +125,33 @@ def attention_seconds(attention: Attention, conditions: Conditions) -> float:
     return attention.count * seconds
 
 
-def segment_costs(segment: SegmentProfile, conditions: Conditions) -> StageCosts:
-    """Seconds of one micro-batch: forward, input gradient and weight gradient; recomputation is in the second."""
-    device, tokens, tensor = conditions.device, conditions.tokens, conditions.tensor
+@dataclass(frozen=True)
+class Work:
+    """Seconds of a pass, by the kind of work.
+
+    Attributes:
+        arithmetic: products and attention.
+        memory: bytes that kernels move.
+        launches: calls of kernels.
+    """
+
+    arithmetic: float = 0.0
+    memory: float = 0.0
+    launches: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.arithmetic + other.arithmetic, self.memory + other.memory, self.launches + other.launches)
+
+    def seconds(self, device: Device) -> float:
+        """A processor does one after the other; an accelerator computes while the host launches what follows."""
+        if device.is_cpu:
+            return self.arithmetic + self.memory + self.launches
+        return max(self.arithmetic + self.memory, self.launches)
+
+
+def segment_work(segment: SegmentProfile, conditions: Conditions) -> tuple[Work, Work, Work]:
+    """Work of one micro-batch without checkpointing: forward, input gradient and weight gradient."""
+    device, tokens, tensor, engine = conditions.device, conditions.tokens, conditions.tensor, conditions.engine
     forward = inputs = weights = 0.0
     for product in segment.products:
         inner, outer = product.shard(tensor)
@@ -132,40 +160,62 @@ def segment_costs(segment: SegmentProfile, conditions: Conditions) -> StageCosts
         inputs += product.count * product_seconds(device, conditions.dtype, rows, outer, inner)
         weights += product.count * product_seconds(device, conditions.dtype, inner, rows, outer)
     core = sum(attention_seconds(attention, conditions) for attention in segment.attentions)
-    fused = any(attention.fused for attention in segment.attentions)
-    moved = segment.traffic
-    if conditions.engine.sequence_parallel:
-        moved_bytes = tokens * (moved.whole + moved.cut + moved.squared * conditions.sequence_len) / tensor
-    else:
-        moved_bytes = moved.bytes(tokens, conditions.sequence_len, tensor)
+    core_backward = (2.5 if any(attention.fused for attention in segment.attentions) else 2.0) * core
     rate = device.memory_bandwidth * device.memory_fraction
-    streamed = conditions.engine.traffic * moved_bytes / rate
-    scores = tokens * moved.squared * conditions.sequence_len / tensor / rate
+    streamed = moved_bytes(segment, conditions) / rate
+    learning, launches = segment.learning_on(tensor), segment.kernels * device.launch_seconds
+    fetched, backward, called_back = 0.0, BACKWARD_TRAFFIC, launches
+    if device.is_cpu:  # (on an accelerator the weights are part of the roofline of a product)
+        backward, called_back = CPU_BACKWARD_TRAFFIC, CPU_BACKWARD_LAUNCHES * launches
+        elements = sum(product.inner * product.outer * product.count for product in segment.products) / tensor
+        fetched = elements * (4 if conditions.dtype == "fp32" else 2) * CPU_WEIGHT_COPIES / rate
+    accumulated = learning * (2 + engine.gradient_bytes[conditions.dtype] * 2) / rate
+    share = learning / max(segment.parameters_on(tensor), 1.0)
+    return (
+        Work(forward + core, streamed + fetched, launches),
+        Work(inputs + core_backward, backward * streamed + fetched, called_back),
+        Work(weights * share, accumulated + fetched * share, 0.0),
+    )
+
+
+def segment_costs(segment: SegmentProfile, conditions: Conditions) -> StageCosts:
+    """Seconds of one micro-batch: forward, input gradient and weight gradient; recomputation is in the second."""
+    device, tokens, tensor = conditions.device, conditions.tokens, conditions.tensor
     reduced = 0.0
     if tensor > 1 and segment.all_reduces:
         once = conditions.cluster.ring_seconds(tokens * segment.carried, tensor, 1)
         reduced = segment.all_reduces * (once + conditions.engine.collective_seconds)
-    launches = segment.kernels * device.launch_seconds
-    whole_forward = max(forward + core + streamed, launches) + reduced
-    whole_inputs = max(inputs + (2.5 if fused else 2.0) * core + BACKWARD_TRAFFIC * streamed, launches) + reduced
-    learning = segment.learning_on(tensor)
-    accumulated = learning * (2 + conditions.engine.gradient_bytes[conditions.dtype] * 2) / rate
+    forward, inputs, weights = (work.seconds(device) for work in segment_work(segment, conditions))
+    forward += reduced
+    inputs += reduced
     if segment.kind == "layer":
         if conditions.checkpointing == "full":
-            whole_inputs += whole_forward
+            inputs += forward
         elif conditions.checkpointing == "selective":
-            whole_inputs += _selected_again(conditions.engine, whole_forward, core, streamed, scores, fused)
-    share = learning / max(segment.parameters_on(tensor), 1.0)
-    return StageCosts(whole_forward, whole_inputs, weights * share + accumulated)
+            inputs += _selected_again(segment, conditions, forward)
+    return StageCosts(forward, inputs, weights)
 
 
-def _selected_again(
-    engine: EngineProfile, forward: float, core: float, streamed: float, scores: float, fused: bool
-) -> float:
-    """Seconds of what selective checkpointing computes again in a layer."""
+def _selected_again(segment: SegmentProfile, conditions: Conditions, forward: float) -> float:
+    """Seconds of what selective checkpointing computes again in a layer whose forward pass takes `forward`."""
+    engine, tokens, tensor = conditions.engine, conditions.tokens, conditions.tensor
+    rate = conditions.device.memory_bandwidth * conditions.device.memory_fraction
+    core = sum(attention_seconds(attention, conditions) for attention in segment.attentions)
     if engine.selective_elementwise:  # all but matrix products with weights and fused attention
-        return streamed + (0.0 if fused else core)
+        fused = any(attention.fused for attention in segment.attentions)
+        return moved_bytes(segment, conditions) / rate + (0.0 if fused else core)
+    scores = tokens * segment.traffic.squared * conditions.sequence_len / tensor / rate
     return core + scores + engine.selective_share * (forward - core - scores)
+
+
+def moved_bytes(segment: SegmentProfile, conditions: Conditions) -> float:
+    """Bytes that elementwise kernels of a forward pass move."""
+    moved, tokens, length = segment.traffic, conditions.tokens, conditions.sequence_len
+    if conditions.engine.sequence_parallel:
+        return (
+            conditions.engine.traffic * tokens * (moved.whole + moved.cut + moved.squared * length) / conditions.tensor
+        )
+    return conditions.engine.traffic * moved.bytes(tokens, length, conditions.tensor)
 
 
 def profile_costs(profile: ModelProfile, conditions: Conditions) -> list[StageCosts]:
@@ -252,8 +302,7 @@ def end_of_step(
     engine, cluster, device, dtype = conditions.engine, conditions.cluster, conditions.device, conditions.dtype
     tensor = conditions.tensor
     learning = sum(segment.learning_on(tensor) for segment in segments)
-    rounds = engine.reduce_rounds[dtype]
-    reduce = cluster.ring_seconds(learning * engine.reduce_bytes[dtype], data, tensor, rounds)
+    reduce = cluster.ring_seconds(learning * engine.reduce_bytes[dtype], data, tensor, engine.reduce_rounds)
     if zero_stage:
         reduce += cluster.ring_seconds(learning * (4 if dtype == "fp32" else 2), data, tensor, 1)
     reduce *= 1 - engine.overlapped
@@ -262,8 +311,6 @@ def end_of_step(
     if tied and pipeline > 1:
         ties = cluster.ring_seconds(tied * engine.reduce_bytes[dtype], 2, data * tensor * (pipeline - 1), 2)
     share = data if zero_stage else 1
-    rate = device.memory_bandwidth * device.memory_fraction
-    if device.is_cpu:
-        rate *= CPU_STREAMING
+    rate = device.memory_bandwidth * device.memory_fraction * device.streaming
     optimizer = learning * ADAM_BYTES / share / rate + learning * engine.gradient_bytes[dtype] / rate
     return EndOfStep(reduce, ties, optimizer, engine.host_seconds)

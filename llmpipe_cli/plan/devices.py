@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmpipe_cli.errors import UsageError
+from llmpipe_cli.plan.rates import Rates
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
@@ -40,6 +41,8 @@ class Device:
         launch_seconds: least time between two kernels of an eagerly run model.
         units: multiprocessors (NVIDIA) or compute units (AMD); the tiles of a matrix product are dealt to them in
             turns.
+        streaming: how much faster an optimizer's step, which goes through whole arrays, moves its bytes than the
+            kernels of a pass do.
     """
 
     name: str
@@ -53,22 +56,22 @@ class Device:
     memory_fraction: float = 0.8
     launch_seconds: float = 5e-6
     units: int = 108
+    streaming: float = 1.0
 
     @property
     def is_cpu(self) -> bool:
         return self.name == "cpu"
 
-    def scaled(self, speed: float) -> Device:
-        """The same device, that much faster in all that it does."""
-        if speed == 1.0:
-            return self
+    def at(self, rates: Rates) -> Device:
+        """The same device with measured rates."""
         return replace(
             self,
-            fp32=self.fp32 * speed,
-            bf16=self.bf16 * speed,
-            fp16=self.fp16 * speed,
-            memory_bandwidth=self.memory_bandwidth * speed,
-            launch_seconds=self.launch_seconds / speed,
+            fp32=self.fp32 / rates.arithmetic,
+            bf16=self.bf16 / rates.arithmetic,
+            fp16=self.fp16 / rates.arithmetic,
+            memory_bandwidth=self.memory_bandwidth / rates.memory,
+            launch_seconds=self.launch_seconds * rates.launches,
+            streaming=self.streaming * rates.memory / rates.optimizer,
         )
 
     def peak(self, dtype: str) -> float:
@@ -118,7 +121,7 @@ DEVICES: dict[str, Device] = {
         _device("mi250x", 64.0, 47.9, 191.5, 191.5, 1638, 800, 110, matmul_fraction=0.65),
         _device("mi300x", 191.0, 163.4, 1307.4, 1307.4, 5300, 3584, 304, matmul_fraction=0.5),
         # One core of a recent server: AVX2 at 3 GHz, a share of the memory's bandwidth; loopback between processes.
-        _device("cpu", 8.0, 0.096, 0.048, 0.012, 10, 16, 1, matmul_fraction=0.7, launch_seconds=4e-6),
+        _device("cpu", 8.0, 0.096, 0.048, 0.012, 10, 16, 1, matmul_fraction=0.7, launch_seconds=8e-6, streaming=2.5),
     )
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ source code and serve the comparison with published runs (`benchmarks/published_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmpipe_cli.plan.devices import GIB
 
@@ -21,12 +21,12 @@ class EngineProfile:
         partitioned_transfers: tensor shards send a part of the carried tensors each and gather them on the other side.
         gradient_bytes: bytes of stored gradient a learning parameter, by dtype of the model.
         reduce_bytes: bytes a learning parameter that replicas reduce, by dtype.
-        reduce_rounds: 2 for an all-reduce, 1 for a reduce-scatter; by dtype.
         extra_parameter_bytes: further bytes a parameter that the engine holds (flat copies), by dtype.
         fixed_bytes: context of the driver, communicators' buffers, reduction buckets.
         kept_boundaries: copies of a boundary's tensor that a stage keeps for each live micro-batch, besides what
             autograd saves.
         slack: share by which an allocator's reservation exceeds what is in use.
+        reduce_rounds: 2 for an all-reduce of gradients, 1 for a reduce-scatter.
         sequence_parallel: norms, dropout and boundaries are divided by the tensor shards too.
         shards_everything: replicas divide weights and gradients too (FSDP).
         selective_elementwise: selective checkpointing keeps products with weights and fused attention, nothing else;
@@ -44,11 +44,11 @@ class EngineProfile:
     partitioned_transfers: bool
     gradient_bytes: dict[str, float]
     reduce_bytes: dict[str, float]
-    reduce_rounds: dict[str, int]
     extra_parameter_bytes: dict[str, float]
     fixed_bytes: float
     kept_boundaries: float
     slack: float
+    reduce_rounds: int = 2
     sequence_parallel: bool = False
     shards_everything: bool = False
     selective_elementwise: bool = False
@@ -59,57 +59,60 @@ class EngineProfile:
     host_seconds: float = 0.05
 
 
+def _dtypes(fp32: float, bf16: float, fp16: float) -> dict[str, float]:
+    return {"fp32": fp32, "bf16": bf16, "fp16": fp16}
+
+
+def _same(value: float) -> dict[str, float]:
+    return _dtypes(value, value, value)
+
+
 OURS = EngineProfile(
     name="llmpipe",
     blocking_transfers=False,
     partitioned_transfers=False,
-    gradient_bytes={"fp32": 4, "bf16": 4, "fp16": 2},
-    reduce_bytes={"fp32": 4, "bf16": 4, "fp16": 2},
-    reduce_rounds={"fp32": 2, "bf16": 2, "fp16": 2},
-    extra_parameter_bytes={"fp32": 0, "bf16": 0, "fp16": 2},
-    fixed_bytes=1.5 * GIB,
+    # bf16: DeepSpeed's BF16_Optimizer accumulates in fp32; fp16: its ZeRO-1 optimizer keeps a flat copy of the weights
+    gradient_bytes=_dtypes(4, 4, 2),
+    reduce_bytes=_dtypes(4, 4, 2),
+    extra_parameter_bytes=_dtypes(0, 0, 2),
+    fixed_bytes=1.5 * GIB,  # assumed: context and NCCL's buffers
     kept_boundaries=2,
-    slack=0.05,
+    slack=0.05,  # assumed
     selective_elementwise=True,
     host_seconds=0.005,
 )
+# Megatron-LM's DistributedDataParallel accumulates into one contiguous fp32 buffer, which is also what is reduced
 MEGATRON = EngineProfile(
     name="megatron-lm",
     blocking_transfers=True,
     partitioned_transfers=True,
-    gradient_bytes={"fp32": 4, "bf16": 4, "fp16": 4},
-    reduce_bytes={"fp32": 4, "bf16": 4, "fp16": 4},
-    reduce_rounds={"fp32": 2, "bf16": 2, "fp16": 2},
-    extra_parameter_bytes={"fp32": 0, "bf16": 0, "fp16": 0},
+    gradient_bytes=_same(4),
+    reduce_bytes=_same(4),
+    extra_parameter_bytes=_same(0),
     fixed_bytes=3.0 * GIB,
     kept_boundaries=1,
     slack=0.05,
 )
-MEGATRON_DEEPSPEED = EngineProfile(
+MEGATRON_DEEPSPEED = replace(
+    OURS,
     name="megatron-deepspeed",
     blocking_transfers=True,
     partitioned_transfers=True,
-    gradient_bytes={"fp32": 4, "bf16": 4, "fp16": 2},
-    reduce_bytes={"fp32": 4, "bf16": 4, "fp16": 2},
-    reduce_rounds={"fp32": 2, "bf16": 2, "fp16": 2},
-    extra_parameter_bytes={"fp32": 0, "bf16": 4, "fp16": 1.3},
+    extra_parameter_bytes=_dtypes(0, 4, 1.3),
     fixed_bytes=4.0 * GIB,
-    kept_boundaries=2,
     slack=0.0,
+    selective_elementwise=False,
     # its pipeline engine runs tensor shards without a common clock; from runs of one site, the same for all of them
     collective_seconds=1e-3,
+    host_seconds=0.05,
 )
-TORCHTITAN = EngineProfile(
+TORCHTITAN = replace(
+    MEGATRON,
     name="torchtitan",
     blocking_transfers=False,
     partitioned_transfers=False,
-    gradient_bytes={"fp32": 4, "bf16": 4, "fp16": 4},
-    reduce_bytes={"fp32": 4, "bf16": 4, "fp16": 4},
-    reduce_rounds={"fp32": 1, "bf16": 1, "fp16": 1},
-    extra_parameter_bytes={"fp32": 0, "bf16": 0, "fp16": 0},
+    reduce_rounds=1,
     fixed_bytes=2.0 * GIB,
-    kept_boundaries=1,
-    slack=0.05,
     shards_everything=True,
     selective_share=0.5,
     traffic=2.0,

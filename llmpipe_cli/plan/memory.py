@@ -28,6 +28,7 @@ class StageMemory:
         optimizer: fp32 masters and moments.
         activations: of live micro-batches, and what a layer needs while it runs.
         buffers: flat copies, communication, the driver's context, allocator slack.
+        reserved: what of the buffers is no tensor: context and slack.
     """
 
     weights: float
@@ -35,10 +36,20 @@ class StageMemory:
     optimizer: float
     activations: float
     buffers: float
+    reserved: float = 0.0
 
     @property
     def total(self) -> float:
         return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+
+    @property
+    def allocated(self) -> float:
+        """Bytes of tensors: what an allocator counts as in use."""
+        return self.total - self.reserved
+
+    def parts(self) -> dict[str, float]:
+        """Bytes by what they are for; their sum is the total."""
+        return {name: value for name, value in vars(self).items() if name != "reserved"}
 
 
 Held = Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -125,9 +136,9 @@ def stage_memory(
     ) + max(chunk.working for chunk in chunks)
     # a process on a CPU has no driver's context
     fixed = 0.0 if conditions.device.is_cpu else engine.fixed_bytes
-    buffers = fixed + engine.extra_parameter_bytes[dtype] * learning
-    buffers += engine.slack * (weights + gradients + state + activations + buffers)
-    return StageMemory(weights, gradients, state, activations, buffers)
+    copies = engine.extra_parameter_bytes[dtype] * learning
+    reserved = fixed + engine.slack * (weights + gradients + state + activations + copies + fixed)
+    return StageMemory(weights, gradients, state, activations, copies + reserved, reserved)
 
 
 def _kept(chunk: Sequence[SegmentProfile], conditions: Conditions, received: float, alone: bool) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 from llmpipe_cli.engine.schedules import Placement
@@ -24,9 +25,29 @@ def balance(costs: Sequence[float], num_stages: int) -> list[int]:
     count = len(costs)
     if not 1 <= num_stages <= count:
         raise ValueError(f"{count} segments cannot make {num_stages} stages")
-    bounds = balance_unequal([costs] * num_stages)
+    bounds = balance_unequal([costs] * num_stages, largest=_smallest_largest(costs, num_stages))
     assert bounds is not None
     return bounds
+
+
+def _smallest_largest(costs: Sequence[float], num_stages: int) -> float:
+    """The cost of the costliest stage of the best cut, or a little more: bisection, filling stages up to a limit."""
+    before = list(itertools.accumulate(costs, initial=0.0))
+
+    def suffices(limit: float) -> bool:
+        start = 0
+        for _ in range(num_stages):
+            start = bisect_right(before, before[start] + limit) - 1
+            if start == len(costs):
+                return True
+        return False
+
+    low = max(before[-1] / num_stages, max(costs))
+    high = before[-1] / num_stages + max(costs)  # stages filled until they exceed the mean
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if suffices(middle) else (middle, high)
+    return high * (1 + 1e-9)
 
 
 def balance_parts(costs: Sequence[float], placement: Placement) -> list[int]:
@@ -67,13 +88,17 @@ def balance_parts(costs: Sequence[float], placement: Placement) -> list[int]:
 
 
 def balance_unequal(
-    costs: Sequence[Sequence[float]], allowed: Callable[[int, int, int], bool] | None = None
+    costs: Sequence[Sequence[float]],
+    allowed: Callable[[int, int, int], bool] | None = None,
+    *,
+    largest: float = float("inf"),
 ) -> list[int] | None:
     """`balance` for stages of unequal speed, or with limits on what a stage can hold.
 
     Args:
         costs: for each stage the cost of every segment there.
         allowed: whether stage s can hold segments [start, stop); what it cannot, no longer range can either.
+        largest: no stage of the best cut costs more, as far as that is known: fewer cuts are looked at.
 
     Returns:
         Bounds as `balance` gives them; None when no cut is allowed.
@@ -85,13 +110,16 @@ def balance_unequal(
     for stage in range(num_stages):
         before = list(itertools.accumulate(costs[stage], initial=0.0))
         found, cut = [worst] * (count + 1), [0] * (count + 1)
-        for stop in range(stage + 1, count + 1 - (num_stages - 1 - stage)):
+        rest = num_stages - 1 - stage
+        for stop in range(stage + 1, count + 1 - rest):
+            if before[stop] > (stage + 1) * largest or (rest and before[-1] - before[stop] > rest * largest):
+                continue  # a stage before or behind would cost too much
             for start in range(stop - 1, stage - 1, -1):
                 cost = before[stop] - before[start]
-                if cost > found[stop][0] or (allowed is not None and not allowed(stage, start, stop)):
+                if cost > largest or cost > found[stop][0] or (allowed is not None and not allowed(stage, start, stop)):
                     break  # longer ranges cost more and hold more
-                largest, squares = best[start]
-                candidate = (max(largest, cost), squares + cost * cost)
+                costliest, squares = best[start]
+                candidate = (max(costliest, cost), squares + cost * cost)
                 if candidate < found[stop]:
                     found[stop], cut[stop] = candidate, start
         best = found

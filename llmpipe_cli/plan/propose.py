@@ -18,6 +18,7 @@ from llmpipe_cli.plan.cluster import Cluster, Node, one_node, read_cluster
 from llmpipe_cli.plan.devices import DEVICES, GIB, Device, match_device
 from llmpipe_cli.plan.plan import Plan
 from llmpipe_cli.plan.profile import ModelProfile
+from llmpipe_cli.plan.rates import TABLE_RATES
 from llmpipe_cli.plan.search import Candidate, Found, Job, Pins, search, why_not, why_slower
 from llmpipe_cli.recipe.schema import Recipe
 
@@ -237,7 +238,7 @@ def make_job(
         optimizer=recipe.train.optimizer,
         pins=recipe_pins(recipe),
         most_tensor=1 if recipe.lora is not None else Job.most_tensor,
-        speeds=calibration.speeds if calibration is not None else (),
+        rates=calibration.rates() if calibration is not None else TABLE_RATES,
     )
 
 
@@ -319,7 +320,7 @@ def _layout(job: Job, candidate: Candidate, found: Found) -> dict[str, Any]:
         "activation_checkpointing": choice.checkpointing,
         "partition": [stop - start for start, stop in itertools.pairwise(candidate.bounds)],
         "memory_bytes": [round(own.total) for own in candidate.memory],
-        "memory_parts": [{name: round(value) for name, value in vars(own).items()} for own in candidate.memory],
+        "memory_parts": [{name: round(value) for name, value in own.parts().items()} for own in candidate.memory],
         "bubble_fraction": candidate.bubble if seconds is not None else None,
         "step_seconds": seconds,
         "tokens_per_second": None if seconds is None else tokens / seconds,

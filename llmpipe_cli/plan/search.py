@@ -16,14 +16,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmpipe_cli.engine.schedules import DEFAULT_CHUNKS, SCHEDULES, splits_backward
-from llmpipe_cli.plan.calibration import speed_of
 from llmpipe_cli.plan.cluster import Cluster
 from llmpipe_cli.plan.cost import Conditions, EndOfStep, end_of_step, profile_costs, stage_costs, transfer_seconds
 from llmpipe_cli.plan.devices import GIB, Device
 from llmpipe_cli.plan.engines import OURS, EngineProfile
 from llmpipe_cli.plan.memory import ChunkMemory, StageMemory, chunk_memory, stage_memory
-from llmpipe_cli.plan.partition import balance_parts, balance_unequal
+from llmpipe_cli.plan.partition import balance, balance_parts, balance_unequal
 from llmpipe_cli.plan.profile import ModelProfile
+from llmpipe_cli.plan.rates import TABLE_RATES, Rates
 from llmpipe_cli.plan.simulate import StageCosts
 from llmpipe_cli.plan.steptime import held_activations, least_seconds, num_chunks, pipeline_time
 
@@ -65,8 +65,7 @@ class Job:
         engine: whose engine.
         schedules: schedules to choose from.
         most_tensor: most tensor shards to try.
-        speeds: measured speeds of a device relative to its row of the table, by the number of ranks at work
-            (`calibration.speed_of`).
+        rates: measured rates of the devices, relative to their rows of the table.
         memory_share: share of a device's memory that may be planned for.
     """
 
@@ -79,7 +78,7 @@ class Job:
     engine: EngineProfile = OURS
     schedules: tuple[str, ...] = ("1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v")
     most_tensor: int = 8
-    speeds: tuple[tuple[int, float], ...] = ()
+    rates: Rates = TABLE_RATES
     memory_share: float = 1.0
 
 
@@ -315,7 +314,9 @@ class _Workshop:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self._devices = job.cluster.device_list()
+        kinds = {node.device: node.device.at(job.rates) for node in job.cluster.nodes}
+        self._devices = [kinds[device] for _, device in job.cluster.device_list()]
+        # keys name a device by its identity: the few that there are live as long as this object
         self._segment_costs: dict[tuple[Any, ...], list[StageCosts]] = {}
         self._ratios: dict[tuple[Any, ...], tuple[float, ...]] = {}
         self._bounds: dict[tuple[Any, ...], list[int]] = {}
@@ -361,20 +362,22 @@ class _Workshop:
                 blocking=self.job.engine.blocking_transfers,
             )
         timed = self._times[key]
-        candidate.seconds, candidate.bubble = timed.seconds + candidate.end.total, timed.bubble_fraction
+        beside = min(choice.num_devices, self.job.cluster.devices_per_node)
+        slowdown = self.job.rates.slowdown(beside, timed.bubble_fraction)
+        candidate.seconds = slowdown * timed.seconds + candidate.end.total
+        candidate.bubble = timed.bubble_fraction
 
     def _stage_devices(self, choice: Choice) -> list[Device]:
         """The slowest device of each stage."""
         ranks = choice.tensor * choice.data
         dtype = self.job.profile.dtype
-        speed = speed_of(self.job.speeds, choice.num_devices)
         if self.job.cluster.is_uniform:
-            return [self._devices[0][1].scaled(speed)] * choice.pipeline
+            return [self._devices[0]] * choice.pipeline
         return [
             min(
-                (device for _, device in self._devices[stage * ranks : (stage + 1) * ranks]),
+                self._devices[stage * ranks : (stage + 1) * ranks],
                 key=lambda device: (device.peak(dtype) * device.matmul_fraction, device.memory_bytes),
-            ).scaled(speed)
+            )
             for stage in range(choice.pipeline)
         ]
 
@@ -392,7 +395,7 @@ class _Workshop:
         )
 
     def _costs(self, choice: Choice, device: Device) -> list[StageCosts]:
-        key = (choice.micro_batch_size, choice.tensor, choice.checkpointing, device)
+        key = (*self._sizes(choice), id(device))
         if key not in self._segment_costs:
             self._segment_costs[key] = profile_costs(self.job.profile, self._conditions(choice, device))
         return self._segment_costs[key]
@@ -410,7 +413,9 @@ class _Workshop:
             totals = [tuple(cost.total for cost in self._costs(choice, device)) for device in devices]
         key = (chunks, turns, len(totals), *(totals[:1] if self.job.cluster.is_uniform else totals))
         if key not in self._bounds:
-            if chunks == 1:
+            if chunks == 1 and self.job.cluster.is_uniform:
+                bounds = balance(totals[0], choice.pipeline)
+            elif chunks == 1:
                 bounds = balance_unequal(totals) or []
             else:
                 bounds = balance_parts(totals[0], SCHEDULES[choice.schedule].placement(choice.pipeline, chunks))
@@ -419,7 +424,7 @@ class _Workshop:
 
     def _relative(self, choice: Choice, device: Device) -> tuple[float, ...]:
         """Costs of the segments relative to the largest, to two digits: near enough to cut by, and often the same."""
-        key = (*self._sizes(choice), device)
+        key = (*self._sizes(choice), id(device))
         if key not in self._ratios:
             totals = [cost.total for cost in self._costs(choice, device)]
             largest = max(totals)
@@ -462,12 +467,15 @@ class _Workshop:
         return Candidate(choice, bounds, costs, transfers, end, memory, capacity, least + end.total)
 
     def _end(self, choice: Choice, conditions: Conditions, ranges: list[tuple[int, int]]) -> EndOfStep:
-        key = (choice.tensor, choice.data, choice.zero_stage, choice.pipeline, conditions.device, tuple(ranges))
+        key = (choice.tensor, choice.data, choice.zero_stage, choice.pipeline, id(conditions.device), tuple(ranges))
         if key not in self._ends:
             segments = [segment for start, stop in ranges for segment in self.job.profile.segments[start:stop]]
-            self._ends[key] = end_of_step(
+            end = end_of_step(
                 segments, conditions, data=choice.data, zero_stage=choice.zero_stage, pipeline=choice.pipeline
             )
+            beside = min(choice.num_devices, self.job.cluster.devices_per_node) - 1
+            slowdown = 1 + self.job.rates.optimizer_contention * beside
+            self._ends[key] = replace(end, optimizer=end.optimizer * slowdown)
         return self._ends[key]
 
     def _stage_memory(
@@ -503,13 +511,24 @@ def why_slower(candidate: Candidate, best: Candidate) -> str:
         return "about as fast, less simple"
     reasons = {
         f"idle {candidate.bubble:.0%} of the time (best {best.bubble:.0%})": _idle(candidate) - _idle(best),
-        "computing: recomputation, tensor shards or small products": _work(candidate) - _work(best),
+        _longer_work(candidate.choice, best.choice): _work(candidate) - _work(best),
         "reducing gradients over the replicas": candidate.end.reduce - best.end.reduce,
         "the optimizer's step": candidate.end.optimizer - best.end.optimizer,
         "fewer devices at work": best.choice.num_devices - candidate.choice.num_devices and best.seconds,
     }
     reason = max(reasons, key=lambda name: reasons[name])
     return f"{slower:.0%} slower: {reason}"
+
+
+def _longer_work(choice: Choice, best: Choice) -> str:
+    """What most likely makes a layout compute longer than the best one."""
+    if CHECKPOINTING.index(choice.checkpointing) > CHECKPOINTING.index(best.checkpointing):
+        return "computes activations again"
+    if choice.tensor > best.tensor:
+        return "tensor shards wait for each other"
+    if choice.micro_batch_size < best.micro_batch_size or choice.tensor < best.tensor:
+        return "products of other sizes, that run slower" if choice.tensor < best.tensor else "smaller products"
+    return "stages less even"
 
 
 def _idle(candidate: Candidate) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -22,21 +23,26 @@ _PARTS = (
     ("buffers", "yellow"),
 )
 _DRAWN_MICRO_BATCHES = 3
+_MOST_SHOWN = 12
+_WIDE = 120  # columns from which the reasons have room beside the layouts
 
 
-def layouts_table(layouts: Sequence[dict[str, Any]], chosen: int | None, limit: int = 12) -> Table:
-    """The layouts for a terminal, the chosen one marked."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("")
-    for name in ("pipeline x tensor x data", "micro-batches", "schedule", "ZeRO", "recompute"):
-        table.add_column(name)
-    for name in ("step s", "tokens/s", "TFLOP/s", "idle", "memory"):
-        table.add_column(name, justify="right")
-    table.add_column("why not")
-    for index, row in enumerate(layouts[:limit]):
+def layouts_table(layouts: Sequence[dict[str, Any]], chosen: int | None, width: int = 120) -> Group:
+    """The layouts for a terminal of so many columns, the chosen one marked; a narrow one has the reasons below."""
+    wide = width >= _WIDE
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1) if wide else (0, 1, 0, 0))
+    table.add_column("", justify="right")
+    for name in ("pipeline x tensor x data" if wide else "p x t x d", "batches", "schedule", "ZeRO", "recompute"):
+        table.add_column(name, no_wrap=True)
+    for name in ("step s", "tokens/s", "TFLOP/s" if wide else "TF/s", "idle", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if wide:
+        table.add_column("why not")
+    reasons = []
+    for index, row in enumerate(layouts[:_MOST_SHOWN]):
         seconds = row["step_seconds"]
-        table.add_row(
-            "*" if index == chosen else "",
+        cells = [
+            "*" if index == chosen else str(index + 1),
             f"{row['pipeline']} x {row['tensor']} x {row['data']}",
             f"{row['num_micro_batches']} of {row['micro_batch_size']}",
             row["schedule"],
@@ -47,16 +53,32 @@ def layouts_table(layouts: Sequence[dict[str, Any]], chosen: int | None, limit: 
             "–" if seconds is None else f"{row['model_tflops_per_device']:.3g}",
             "–" if seconds is None else f"{row['bubble_fraction']:.1%}",
             formats.memory(max(row["memory_bytes"])),
-            row["why_not"] or "",
-            style="" if row["fits"] else "dim",
-        )
+        ]
+        table.add_row(*cells, *([row["why_not"] or ""] if wide else []), style="" if row["fits"] else "dim")
+        if row["why_not"] and not wide:
+            reasons.append(Text(f"{index + 1:>2}  {row['why_not']}", style="" if row["fits"] else "dim"))
+    return Group(table, *([Text(), Text("Why not the others", style="bold"), *reasons] if reasons else []))
+
+
+def scaling_table(points: Sequence[dict[str, Any]]) -> Table:
+    """What other numbers of nodes would give; `points` as `plot_scaling` takes them."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("nodes", "devices", "pipeline x tensor x data", "step s", "tokens/s", "of perfect scaling"):
+        table.add_column(name, justify="left" if " x " in name else "right", no_wrap=True)
+    first = next((point for point in points if point["tokens_per_second"]), None)
+    for point in points:
+        speed, cells = point["tokens_per_second"], ["nothing fits", "–", "–", "–"]
+        if speed and first is not None:
+            share = speed / point["devices"] / (first["tokens_per_second"] / first["devices"])
+            cells = [point["layout"], f"{point['step_seconds']:.3g}", formats.count(speed), f"{share:.0%}"]
+        table.add_row(str(point["nodes"]), str(point["devices"]), *cells)
     return table
 
 
-def memory_bars(layout: dict[str, Any], capacity: float, width: int = 60) -> Text:
+def memory_bars(layout: dict[str, Any], capacities: Sequence[float], width: int = 60) -> Text:
     """A bar a stage: what its memory is for, against what its device has."""
     text = Text()
-    for stage, parts in enumerate(layout["memory_parts"]):
+    for stage, (parts, capacity) in enumerate(zip(layout["memory_parts"], capacities, strict=True)):
         total = layout["memory_bytes"][stage]
         text.append(f"stage {stage:<3d} ")
         used = 0

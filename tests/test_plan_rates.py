@@ -1,0 +1,45 @@
+"""Rates of a processor fitted to observations: known factors are found, and one run moves all of them alike."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from llmpipe_cli.plan.devices import DEVICES
+from llmpipe_cli.plan.rates import Observation, fit_rates
+
+
+def _observed(parts: tuple[float, float, float], others: float, noise: float) -> Observation:
+    """What a machine would show whose factors are 0.7, 2 and 1.5, with contention of 0.3."""
+    alone = 0.7 * parts[0] + 2.0 * parts[1] + 1.5 * parts[2]
+    return Observation(parts, alone * (1 + 0.3 * others) * (1 + noise), others)
+
+
+def test_factors_and_contention_are_found() -> None:
+    draw = random.Random(3)
+    passes = [
+        _observed((draw.uniform(1, 4), draw.uniform(0.2, 2), draw.uniform(0.1, 1)), others, draw.uniform(-0.03, 0.03))
+        for others in (0.0, 0.7, 1.0)
+        for _ in range(12)
+    ]
+    rates = fit_rates(passes, [Observation((0.2,), 0.3), Observation((0.1,), 0.24, 1.0)])
+    assert rates.arithmetic == pytest.approx(0.7, rel=0.15)
+    assert rates.memory == pytest.approx(2.0, rel=0.15)
+    assert rates.contention == pytest.approx(0.3, abs=0.05)
+    for parts in ((5.0, 0.5, 0.2), (0.5, 2.0, 1.0)):  # what was not observed is predicted too
+        predicted = rates.arithmetic * parts[0] + rates.memory * parts[1] + rates.launches * parts[2]
+        assert predicted == pytest.approx(_observed(parts, 0.0, 0.0).seconds, rel=0.05)
+    assert rates.optimizer == pytest.approx(1.5, rel=0.02)
+    assert rates.optimizer_contention == pytest.approx(0.6, abs=0.02)
+    assert rates.slowdown(2, 0.25) == pytest.approx(1 + 0.75 * rates.contention)
+
+
+def test_one_run_moves_all_rates_alike() -> None:
+    rates = fit_rates([Observation((2.0, 1.0, 0.5), 7.0, 1.0)])
+    assert (rates.arithmetic, rates.memory, rates.launches) == pytest.approx((2.0, 2.0, 2.0))
+    assert rates.contention == 0.0
+    device, table = DEVICES["cpu"].at(rates), DEVICES["cpu"]
+    assert device.fp32 == pytest.approx(table.fp32 / 2)
+    assert device.launch_seconds == pytest.approx(table.launch_seconds * 2)
+    assert device.memory_bandwidth * device.streaming == pytest.approx(table.memory_bandwidth * table.streaming)
