@@ -21,7 +21,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "llama", "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024, "max_position_embeddings": 512,
     },
-    "gpt2": {"model_type": "gpt2", "n_embd": 256, "n_layer": 6, "n_head": 4, "vocab_size": 1024, "n_positions": 512},
+    "gpt2": {
+        "model_type": "gpt2", "n_embd": 256, "n_layer": 6, "n_head": 4, "vocab_size": 1024, "n_positions": 512,
+        "bos_token_id": 0, "eos_token_id": 0,
+    },
     "wide": {
         "model_type": "llama", "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4,
         "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 8192, "max_position_embeddings": 512,

@@ -140,7 +140,8 @@ def _show(job: Job, found: Found, answer: dict[str, Any], recipe: Recipe) -> Non
     chunks = num_chunks(best.choice.schedule, job.pins.chunks)
     if 1 < best.choice.pipeline <= 16:
         out.print()
-        out.print(render(schedule_timeline(best.choice.schedule, best.costs, best.choice.num_micro_batches, chunks)))
+        picture = schedule_timeline(best.choice.schedule, best.costs, best.choice.num_micro_batches, chunks)
+        out.print(render(picture, min(100, out.width)))
     training = answer["training"]
     out.print()
     text = f"{formats.count(training['tokens_per_day'])} tokens a day"

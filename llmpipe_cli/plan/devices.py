@@ -6,9 +6,18 @@ default. Sources: NVIDIA's datasheets and architecture papers of V100 (2017), T4
 MI250X (2021) and MI300X (2023). A device is what torch counts as one: an MI250X module is two.
 
 Real kernels stay below the peaks. What is achievable is stated beside each device: `matmul_fraction` is what large,
-well-aligned matrix products reach, `memory_fraction` what streaming kernels reach of the memory bandwidth. They are
-constants for all models, taken from published microbenchmarks and rounded; `docs/planner.md` says how far the
-predictions made with them are from published runs.
+well-aligned matrix products reach, `memory_fraction` what streaming kernels reach of the memory bandwidth. They are the
+same for all models. Where they come from:
+
+- `matmul_fraction` of A100 (0.80) and V100 (0.75) follows from the published runs of `docs/planner.md`.
+- Those of H100, H200 and B200 (0.68 to 0.70: power limits the clock under matrix products), RTX 4090, MI250X and MI300X
+  are rounded from published matrix-product benchmarks; those of T4, A10 and L4 (0.5 to 0.6: low power limits) are
+  assumptions. None of them was measured here.
+- `memory_fraction` 0.8 and 5 microseconds a launch are assumptions that hold for all accelerators alike.
+- Memory is what the driver leaves of the nominal size: assumed (0.3 to 0.8 GiB less on A100, H100 and V100).
+- `link_gbps` is NVLink's (Infinity Fabric's) rate, one direction; for those without PCIe 4 x16 (200), T4 PCIe 3 (100).
+- The row of a processor is one core with AVX2 at 3 GHz; its bandwidth, launches and loopback are assumptions, and
+  `--calibrate` replaces all of them.
 """
 
 from __future__ import annotations

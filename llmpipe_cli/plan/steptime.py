@@ -65,7 +65,7 @@ def pipeline_time(
     if num_micro_batches > short:  # transfers on the way can make a micro-batch add more than the busiest stage's work
         longer = simulate_schedule(SCHEDULES[schedule], costs, short + stages, transfer, chunks).step
         seconds += (num_micro_batches - short) * max(max(work), (longer - played) / stages)
-    return PipelineTime(seconds, 1.0 - num_micro_batches * sum(work) / stages / seconds)
+    return PipelineTime(seconds, max(0.0, 1.0 - num_micro_batches * sum(work) / stages / seconds))
 
 
 def shortened(num_micro_batches: int, stages: int) -> int:

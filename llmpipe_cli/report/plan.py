@@ -24,24 +24,26 @@ _PARTS = (
 )
 _DRAWN_MICRO_BATCHES = 3
 _MOST_SHOWN = 12
-_WIDE = 120  # columns from which the reasons have room beside the layouts
+_WIDE = 110  # columns from which speeds have room beside the layouts
 
 
 def layouts_table(layouts: Sequence[dict[str, Any]], chosen: int | None, width: int = 120) -> Group:
-    """The layouts for a terminal of so many columns, the chosen one marked; a narrow one has the reasons below."""
+    """The layouts for a terminal of so many columns, the chosen one marked, and why it is not another."""
     wide = width >= _WIDE
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1) if wide else (0, 1, 0, 0))
-    table.add_column("", justify="right")
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2 if wide else 1, 0, 0))
+    table.add_column("", justify="right", no_wrap=True)
     for name in ("pipeline x tensor x data" if wide else "p x t x d", "batches", "schedule", "ZeRO", "recompute"):
         table.add_column(name, no_wrap=True)
-    for name in ("step s", "tokens/s", "TFLOP/s" if wide else "TF/s", "idle", "memory"):
+    for name in ("step s", *(("tokens/s", "TFLOP/s") if wide else ()), "idle", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
-    if wide:
-        table.add_column("why not")
     reasons = []
     for index, row in enumerate(layouts[:_MOST_SHOWN]):
-        seconds = row["step_seconds"]
-        cells = [
+        seconds, style = row["step_seconds"], "" if row["fits"] else "dim"
+        speeds = (
+            formats.count(row["tokens_per_second"]),
+            "–" if seconds is None else f"{row['model_tflops_per_device']:.3g}",
+        )
+        table.add_row(
             "*" if index == chosen else str(index + 1),
             f"{row['pipeline']} x {row['tensor']} x {row['data']}",
             f"{row['num_micro_batches']} of {row['micro_batch_size']}",
@@ -49,21 +51,21 @@ def layouts_table(layouts: Sequence[dict[str, Any]], chosen: int | None, width: 
             str(row["zero_stage"]),
             row["activation_checkpointing"],
             "–" if seconds is None else f"{seconds:.3g}",
-            formats.count(row["tokens_per_second"]),
-            "–" if seconds is None else f"{row['model_tflops_per_device']:.3g}",
+            *(speeds if wide else ()),
             "–" if seconds is None else f"{row['bubble_fraction']:.1%}",
             formats.memory(max(row["memory_bytes"])),
-        ]
-        table.add_row(*cells, *([row["why_not"] or ""] if wide else []), style="" if row["fits"] else "dim")
-        if row["why_not"] and not wide:
-            reasons.append(Text(f"{index + 1:>2}  {row['why_not']}", style="" if row["fits"] else "dim"))
-    return Group(table, *([Text(), Text("Why not the others", style="bold"), *reasons] if reasons else []))
+            style=style,
+        )
+        if row["why_not"]:
+            reasons.append(Text(f"{index + 1:>2}  {row['why_not']}", style=style))
+    below = [Text(), Text("Why not the others" if chosen is not None else "Why not", style="bold"), *reasons]
+    return Group(table, *(below if reasons else []))
 
 
 def scaling_table(points: Sequence[dict[str, Any]]) -> Table:
     """What other numbers of nodes would give; `points` as `plot_scaling` takes them."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("nodes", "devices", "pipeline x tensor x data", "step s", "tokens/s", "of perfect scaling"):
+    for name in ("nodes", "devices", "pipeline x tensor x data", "step s", "tokens/s", "a device"):
         table.add_column(name, justify="left" if " x " in name else "right", no_wrap=True)
     first = next((point for point in points if point["tokens_per_second"]), None)
     for point in points:
