@@ -151,13 +151,13 @@ def calibrate_run(path: Path) -> Calibration:
         Observation(predicted.parts(plan.placement.part(stage, chunk), kind), seconds, beside * min(1.0, busy))
         for (stage, chunk, kind), seconds in _usual_passes(written["ranks"], lines).items()
     ]
-    steps = [
+    optimizer = [
         Observation((predicted.end(stage).optimizer,), _median(lines, stage, "optimizer_seconds"), beside)
         for stage in stages
         if _median(lines, stage, "optimizer_seconds") > 0
     ]
     links = _reduce_gbps(written["ranks"], predicted) if plan.layout.data > 1 and len(cluster.nodes) == 1 else None
-    return Calibration(links, passes=tuple(passes), optimizer=tuple(steps), source=str(path))
+    return Calibration(links, passes=tuple(passes), optimizer=tuple(optimizer), source=str(path))
 
 
 def _median(lines: list[dict[str, Any]], stage: int, name: str) -> float:
