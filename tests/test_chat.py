@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from test_generation import _expected, _model
 
+from llmpipe_cli.run import RunDirectory, read_json
+
 ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TERM": "dumb"}
 LLMPIPE = [sys.executable, "-m", "llmpipe_cli.cli.app"]
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
@@ -100,21 +102,9 @@ def test_a_conversation_in_a_terminal(model: Path, tmp_path: Path) -> None:
     terminal.type("again\n")
     terminal.wait_for(r"again\r\n.....")
     run = max((tmp_path / "runs").iterdir())
-    processes = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-    victims = [pid for pid in processes if _is_worker(pid, run, rank=1)]
-    assert victims
-    os.kill(victims[0], signal.SIGKILL)
+    os.kill(read_json(RunDirectory(run).rank_record(1))["worker_pid"], signal.SIGKILL)
     assert terminal.end() == 4
     assert "rank 1" in terminal.output
-
-
-def _is_worker(pid: int, run: Path, rank: int) -> bool:
-    try:
-        argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-        environment = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return False
-    return "llmpipe_cli.worker" in argv and str(run) in argv and f"RANK={rank}" in environment
 
 
 def test_prompts_from_a_file(model: Path, tmp_path: Path) -> None:

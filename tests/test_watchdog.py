@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from llmpipe_cli.cluster.processes import is_running
 from llmpipe_cli.run import RunDirectory, list_runs, read_json
 
 RECIPE = """
@@ -52,7 +53,7 @@ def test_a_stopped_process_is_named(tmp_path: Path, stopped: int) -> None:
     other = 1 - stopped
     assert f"rank {other} (stage {other}) waits at step" in err
     assert "of micro-batch" in err
-    assert not Path(f"/proc/{record['worker_pid']}").exists()
+    assert not is_running(record["worker_pid"])
 
 
 STUCK = """
