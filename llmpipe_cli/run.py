@@ -25,7 +25,10 @@ from typing import Any
 from llmpipe_cli.errors import UsageError
 
 _RUN_NAME = re.compile(r"^(?P<name>.+)-(?P<time>\d{8}-\d{6})(?:-(?P<copy>\d+))?$")
-_STEP_NAME = re.compile(r"^step-(\d+)$")
+MANIFEST = "manifest.json"
+"""The file that makes a checkpoint whole: it is written last."""
+STEP_NAME = re.compile(r"step-(\d{8,})")
+"""Name of a checkpoint's directory; see `checkpoint_name`."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -187,7 +190,7 @@ class RunDirectory:
         return self.control / f"rank-{rank:05d}.json"
 
     def checkpoint(self, step: int) -> Path:
-        return self.checkpoints / f"step-{step:08d}"
+        return self.checkpoints / checkpoint_name(step)
 
     def is_run(self) -> bool:
         return self.control.is_dir() and self.logs.is_dir()
@@ -200,7 +203,7 @@ class RunDirectory:
         return sorted(
             int(match[1])
             for path in self.checkpoints.glob("step-*")
-            if (match := _STEP_NAME.match(path.name)) and is_checkpoint(path)
+            if (match := STEP_NAME.fullmatch(path.name)) and is_checkpoint(path)
         )
 
     def latest_checkpoint(self) -> Path | None:
@@ -247,10 +250,15 @@ class RunDirectory:
         return {"state": "running" if alive else "lost", "exit_code": None}
 
 
+def checkpoint_name(step: int) -> str:
+    """Directory name of the checkpoint after `step` optimizer steps."""
+    return f"step-{step:08d}"
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` holds a checkpoint that was written to its end (its content is checked when it is read)."""
     has_model = (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
-    return (path / "manifest.json").is_file() and has_model
+    return (path / MANIFEST).is_file() and has_model
 
 
 def list_runs(output_dir: Path | str = "runs") -> list[RunDirectory]:

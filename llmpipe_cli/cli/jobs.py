@@ -178,8 +178,11 @@ def devices_for(options: LaunchOptions, *, job_follows: bool = True) -> Devices:
         PreflightError: more accelerators are asked for than there are, or a node cannot be used.
     """
     launcher = options.starter
-    with console.working("reaching the nodes") if launcher.name != "local" else nullcontext():
-        devices = launcher.planned_devices(options.devices) if options.dry_run else launcher.devices(options.devices)
+    if options.dry_run:
+        devices = launcher.planned_devices(options.devices)
+    else:
+        with console.working("reaching the nodes") if launcher.name != "local" else nullcontext():
+            devices = launcher.devices(options.devices)
     if devices.warning:
         console.say(f"warning: {devices.warning}", "yellow")
     if job_follows:

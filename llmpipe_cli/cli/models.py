@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llmpipe_cli.cli import console
 from llmpipe_cli.errors import CheckpointError, UsageError
-from llmpipe_cli.run import RunDirectory, list_runs
+from llmpipe_cli.run import MANIFEST, RunDirectory, list_runs
 
 _HINT = "give a checkpoint folder such as runs/NAME/checkpoints/step-00001000, a run directory or a run's name"
 
@@ -44,7 +44,7 @@ def find_checkpoint(what: str, output_dir: Path) -> Path:
     from llmpipe_cli.engine.manifest import verify
 
     path = Path(what)
-    if (path / "manifest.json").is_file():
+    if (path / MANIFEST).is_file():
         verify(path)
         return path.resolve()
     if path.is_dir() and path.name == "checkpoints":
@@ -75,7 +75,7 @@ def find_model(what: str, output_dir: Path) -> Path | str:
         UsageError: a folder without a model in it.
     """
     path = Path(what)
-    if (path / "manifest.json").is_file():
+    if (path / MANIFEST).is_file():
         return find_checkpoint(what, output_dir)
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         return path.resolve()

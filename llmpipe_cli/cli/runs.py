@@ -55,6 +55,8 @@ def show(
 
     found = RunDirectory.find(run, output_dir)
     progress = _progress(found)
+    state = found.status()["state"]
+    progress.ended = state if state != "running" else ""
     if svg is not None:
         export_svg(progress, svg, width)
         console.say(f"wrote {svg}")

@@ -266,6 +266,12 @@ def _unreachable(connection: NodeConnection, reason: str) -> PreflightError:
         hint = f"llmpipe has to be installed on every node at the same path ({sys.prefix})"
     elif "Host key verification" in reason:
         hint = f"connect once by hand, `ssh {host.target}`, and accept its key"
+    elif "resolve hostname" in reason:
+        hint = "correct its name in the hostfile, or give its address"
+    elif "Connection refused" in reason:
+        hint = f"no sshd listens there: start it, or give its port in the hostfile, {host.name}:PORT"
+    elif "timed out" in reason or "No route to host" in reason:
+        hint = "look whether the node is up, and at its address and firewall"
     return PreflightError(f"{host.name} cannot be used: {reason}", where=host.place or host.name, hint=hint)
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe_cli.cluster.shipping import file_chunks, safe_name
-from llmpipe_cli.engine.manifest import MANIFEST, PARTIAL, point, verify, whole_checkpoints
+from llmpipe_cli.engine.manifest import PARTIAL, point, verify, whole_checkpoints
 from llmpipe_cli.errors import CheckpointError
-from llmpipe_cli.run import RunDirectory
+from llmpipe_cli.run import MANIFEST, RunDirectory
 
 _GROWING = (".log", ".jsonl")
 _PIECE_BYTES = 256 << 10

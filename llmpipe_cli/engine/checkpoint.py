@@ -37,6 +37,7 @@ from llmpipe_cli.model.stage import saved_names
 from llmpipe_cli.model.tensor.gather import gather_whole
 from llmpipe_cli.model.tensor.parts import Part
 from llmpipe_cli.model.weights import stage_state_dict
+from llmpipe_cli.run import checkpoint_name
 
 INDEX = "model.safetensors.index.json"
 TRAINING = "training"
@@ -110,7 +111,7 @@ def write_checkpoint(
     Raises:
         CheckpointError: on every rank, when any rank could not write.
     """
-    final = directory / manifest.checkpoint_name(step)
+    final = directory / checkpoint_name(step)
     partial = final.with_name(final.name + manifest.PARTIAL)
     is_first = dist.get_rank() == 0
 

@@ -15,22 +15,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from llmpipe_cli.errors import CheckpointError
+from llmpipe_cli.run import MANIFEST, STEP_NAME
 
-MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 _USE_EARLIER = "use an earlier checkpoint"
-_STEP = re.compile(r"step-(\d{8,})")
-
-
-def checkpoint_name(step: int) -> str:
-    """Directory name of the checkpoint after `step` optimizer steps."""
-    return f"step-{step:08d}"
 
 
 def file_entry(path: Path) -> dict[str, Any]:
@@ -71,8 +64,12 @@ def whole_checkpoints(directory: Path) -> list[Path]:
     """Checkpoints under `directory` that were completed, oldest first. Their content is not verified."""
     if not directory.is_dir():
         return []
-    found = [path for path in directory.iterdir() if _STEP.fullmatch(path.name) and (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    found = [
+        (int(match[1]), path)
+        for path in directory.iterdir()
+        if (match := STEP_NAME.fullmatch(path.name)) and (path / MANIFEST).is_file()
+    ]
+    return [path for _, path in sorted(found)]
 
 
 def remove_old(directory: Path, keep: int | None) -> list[str]:
@@ -112,20 +109,16 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
         files = manifest["files"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            "the manifest cannot be read", where=str(path), hint="use an earlier checkpoint"
-        ) from error
+        raise CheckpointError("the manifest cannot be read", where=str(path), hint=_USE_EARLIER) from error
     for name, expected in files.items():
         file = checkpoint / name
         if not file.is_file():
-            raise CheckpointError(
-                "a file of the checkpoint is missing", where=str(file), hint="use an earlier checkpoint"
-            )
+            raise CheckpointError("a file of the checkpoint is missing", where=str(file), hint=_USE_EARLIER)
         if file.stat().st_size != expected["bytes"] or file_entry(file) != expected:
             raise CheckpointError(
                 "the file is not what was saved: its SHA-256 differs from the manifest",
                 where=str(file),
-                hint="use an earlier checkpoint, or copy this one again from its source",
+                hint=f"{_USE_EARLIER}, or copy this one again from its source",
             )
     return manifest
 

@@ -202,7 +202,8 @@ def _bar(progress: Progress, width: int) -> list[Text]:
         return [Text.assemble((frame, ACCENT), " ", progress.phase)]
     if progress.max_steps and not progress.total:
         left = Text.assemble("step ", (f"{progress.step:,}", "bold"), f" of {progress.max_steps:,} ")
-        right = Text(f" {formats.percent(progress.fraction):>4}   {formats.duration(progress.seconds_left())} left")
+        rest = progress.ended or f"{formats.duration(progress.seconds_left())} left"
+        right = Text(f" {formats.percent(progress.fraction):>4}   {rest}")
         if progress.fraction >= 1.0:
             right = Text(f" {progress.phase}" if progress.phase != "training" else " finishing")
     else:

@@ -52,6 +52,8 @@ class Progress:
     first_step: int = 0
     done: int = 0
     total: int | None = None
+    ended: str = ""
+    """How the run stands if it does not go on: done, stopped, failed or lost."""
 
     def add(self, line: dict[str, Any]) -> None:
         """Take in one line of metrics.jsonl; unknown kinds of line are left aside."""

@@ -100,6 +100,9 @@ def run_details(run: RunDirectory) -> Table:
     rows: list[tuple[str, Any]] = [("run", str(run.path)), ("state", state)]
     if facts["message"]:
         rows.append(("reason", facts["message"]))
+    elif facts["state"] == "lost":
+        goes_on = "; --resume auto goes on from its checkpoint" if facts["checkpoint"] else ""
+        rows.append(("reason", f"the process that started it is gone, and its ranks with it{goes_on}"))
     if started:
         rows.append(("started", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started))))
         if ended:

@@ -29,8 +29,8 @@ def _grouped_products(rows: Any, weights: Any, *args: Any, **kwargs: Any) -> int
 
 
 def _attention_products(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    """Queries times keys and scores times values, of every query head: torch's own count takes grouped heads only since
-    version 2.12."""
+    """Queries times keys and scores times values, of every query head. (torch's own count refuses grouped heads in 2.11
+    and takes them in 2.13.)"""
     batch, heads, num_queries, size = query.shape
     return 2 * batch * heads * num_queries * key.shape[2] * (size + value.shape[3])
 
