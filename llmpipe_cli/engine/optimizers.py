@@ -9,9 +9,7 @@ import torch
 from llmpipe_cli.recipe.schema import TrainSection
 
 
-def build_optimizer(
-    train: TrainSection, parameters: Iterable[torch.nn.Parameter], device: str
-) -> torch.optim.Optimizer:
+def build_optimizer(train: TrainSection, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The recipe's optimizer over this stage's parameters.
 
     Matrices and embeddings decay; vectors (biases and norms) do not.
@@ -19,7 +17,6 @@ def build_optimizer(
     Args:
         train: the recipe's train section.
         parameters: trainable parameters of this rank's stage; may be empty.
-        device: "cpu" or "cuda".
     """
     trainable = list(parameters)
     groups = [

@@ -77,7 +77,7 @@ class Engine(PipelineEngine):
         super().__init__(
             args=None,
             model=module,
-            optimizer=build_optimizer(train, parameters, plan.device),
+            optimizer=build_optimizer(train, parameters),
             model_parameters=parameters,
             training_data=None,
             lr_scheduler=None,

@@ -82,10 +82,10 @@ def measure_profile(
         except Exception as error:  # model code can fail in any way when values are missing
             logger.info("measuring %s without values failed: %s", cls.__name__, error)
     if seen is None or any(len(one) != slice_plan.num_segments for one in seen):
-        return _estimated(slice_plan, model, dtype, learning)
+        return _estimated(slice_plan, model, dtype)
     carried = [slice_plan.carried_elements_per_token(b + 1) * _WIDTHS[dtype] for b in range(slice_plan.num_segments)]
     segments = tuple(
-        _fit(slice_plan, index, model, few, many, short, long, carried[index], learning)
+        _fit(slice_plan, index, model, few, many, short, long, carried[index])
         for index, (few, many) in enumerate(zip(*seen, strict=True))
     )
     return ModelProfile(
@@ -241,7 +241,6 @@ def _fit(
     short: int,
     long: int,
     carried: float,
-    learning: set[str] | None,
 ) -> SegmentProfile:
     """One segment's profile from what it did at two lengths."""
     segment = slice_plan.segments[index]
@@ -271,7 +270,7 @@ def _fit(
     hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0) or 0)
     carried = carried or hidden * float(_WIDTHS[_name_of(model)])
     saved = size("saved")
-    cut, frozen, tied = _parameter_counts(slice_plan, index, model, learning)
+    cut, frozen, tied = _parameter_counts(slice_plan, index, model)
     is_layer = segment.kind == "layer"
     largest = parts("largest")
     width = _WIDTHS[_name_of(model)]
@@ -313,11 +312,9 @@ def _cut(inner: int, outer: int, hidden: int, is_layer: bool) -> Any:
     return "inner" if outer == hidden and inner >= hidden else "outer"
 
 
-def _parameter_counts(
-    slice_plan: SlicePlan, index: int, model: PreTrainedModel, learning: set[str] | None
-) -> tuple[int, int, int]:
+def _parameter_counts(slice_plan: SlicePlan, index: int, model: PreTrainedModel) -> tuple[int, int, int]:
     """Elements of a segment that tensor shards divide, that do not learn, and that other segments hold too."""
-    owners = _owners(slice_plan)
+    owners = slice_plan.owners
     cut = frozen = tied = 0
     vocab = getattr(model.config.get_text_config(), "vocab_size", None)
     for name in slice_plan.segments[index].parameters:
@@ -330,16 +327,6 @@ def _parameter_counts(
         if len(owners[name]) > 1:
             tied += elements
     return cut, frozen, tied
-
-
-_OWNERS: dict[int, dict[str, list[int]]] = {}
-
-
-def _owners(slice_plan: SlicePlan) -> dict[str, list[int]]:
-    if id(slice_plan) not in _OWNERS:
-        _OWNERS.clear()
-        _OWNERS[id(slice_plan)] = slice_plan.owners
-    return _OWNERS[id(slice_plan)]
 
 
 def _shared(segments: tuple[SegmentProfile, ...]) -> tuple[SegmentProfile, ...]:
@@ -361,14 +348,14 @@ def _max_length(config: PreTrainedConfig) -> int:
     return max(min((length for length in lengths if isinstance(length, int) and length > 0), default=2**16) - 2, 4)
 
 
-def _estimated(slice_plan: SlicePlan, model: PreTrainedModel, dtype: str, learning: set[str] | None) -> ModelProfile:
+def _estimated(slice_plan: SlicePlan, model: PreTrainedModel, dtype: str) -> ModelProfile:
     """A profile from operations and parameters alone."""
     width = _WIDTHS[dtype]
     hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0) or 64)
     segments = []
     for index, segment in enumerate(slice_plan.segments):
         side = math.sqrt(segment.flops_per_token / 2) if segment.flops_per_token else 0.0
-        cut, frozen, tied = _parameter_counts(slice_plan, index, model, learning)
+        cut, frozen, tied = _parameter_counts(slice_plan, index, model)
         attention = segment.flops_per_token_squared / (4 * hidden)
         segments.append(
             SegmentProfile(

@@ -11,6 +11,7 @@ one) and the *side* values (results of earlier modules that a later segment uses
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from llmpipe_cli.model.slicing.structure import Path
@@ -123,7 +124,7 @@ class SlicePlan:
     def num_segments(self) -> int:
         return len(self.segments)
 
-    @property
+    @cached_property
     def owners(self) -> dict[str, list[int]]:
         """Segments that use each parameter, ascending; more than one for tied and shared parameters."""
         owners: dict[str, list[int]] = {}
