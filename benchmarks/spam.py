@@ -68,7 +68,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("test", type=path, help="the same, never trained on")
     parser.add_argument("--seeds", default="1,2,3", help="numbers, separated by commas")
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--folder", type=path, help="keep recipes, runs and models here")
+    parser.add_argument("--folder", type=path, help="keep recipes, runs and models here, and go on with them")
     return parser.parse_args()
 
 
@@ -111,6 +111,8 @@ def _pipelined(start: Path, arguments: argparse.Namespace, seed: int, folder: Pa
 
 def _plain(start: Path, train: Rows, seed: int, epochs: int, folder: Path) -> Path:
     """The same training in one process with transformers and torch; gives the folder of the result."""
+    if (folder / "config.json").exists():
+        return folder
     tokenizer = AutoTokenizer.from_pretrained(start)
     model = AutoModelForSequenceClassification.from_pretrained(start, **_NO_DROPOUT).train()
     steps = -(-len(train) * epochs // _BATCH)
