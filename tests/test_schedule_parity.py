@@ -148,7 +148,7 @@ def test_recorded_orders_have_the_published_bubbles(tmp_path: Path) -> None:
             assert len(steps(run)) == 1
     for name, expected in published.items():
         assert idle[name] == pytest.approx(expected, abs=0.02 if name == "interleaved" else 0.005), name
-    assert idle["zb-v"] < idle["zb-h1"]
+    assert idle["zb-v"] < idle["zb-h1"] / 2
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -199,10 +199,10 @@ def gradients(tmp_path_factory: pytest.TempPathFactory) -> References:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_layouts(seed: int, gradients: References, pool: RankPool) -> None:
-    """A random schedule with random numbers of stages, micro-batches and chunks, with or without replicas, ZeRO-1 and
+    """Each schedule with random numbers of stages, micro-batches and chunks, with or without replicas, ZeRO-1 and
     checkpointing: every single gradient is the plain run's."""
     generator = random.Random(seed)
-    name, num_stages = generator.choice(NAMES), generator.randint(2, 4)
+    name, num_stages = NAMES[seed % len(NAMES)], generator.randint(2, 4)
     num_micro_batches = generator.randint(num_stages, 4 * num_stages)
     parallel: dict[str, Any] = {
         "pipeline": num_stages,

@@ -176,11 +176,12 @@ def _zero_bubble(warmup: int, kept_back: int, num_micro_batches: int) -> list[In
 
 
 def zb_v(stage: int, num_stages: int, num_micro_batches: int) -> list[Instruction]:
-    """Zero bubble over two chunks a stage whose parts run down the stages and up again (after Qi et al. 2023, ZB-V), at
+    """Zero bubble over two chunks a stage whose parts run down the stages and up again (Qi et al. 2023, section 6), at
     2 p chunks' activations, which is what 1F1B keeps on its first stage.
 
-    The order is found by playing the pipeline through, as the paper does it. With their times it leaves 5 to 14 % idle
-    where ZB-H1 leaves 7 to 16 %, and 1 % at two stages, where ZB-H1 leaves 4 %.
+    Until all forward passes are done, forward passes and gradients of inputs come in the paper's order (`_zb_v_begin`).
+    Where weight gradients go, and what comes after, is found by playing the pipeline through. With the paper's times it
+    leaves 2 to 7 % idle where ZB-H1 leaves 6 to 16 %.
     """
     return _zb_v(num_stages, num_micro_batches)[stage]
 
@@ -188,8 +189,35 @@ def zb_v(stage: int, num_stages: int, num_micro_batches: int) -> list[Instructio
 # Relative times of the passes of a transformer layer that ZB-V's order is made for: attention has more work in the
 # backward pass and no weights. The order is good for others too; made for equal times, it is not.
 _PASS_TIMES: dict[Kind, int] = {"F": 10, "I": 12, "W": 9}
-# What a free stage does first: what the other chunk or another stage waits for, and last what needs new memory.
-_PREFERENCES: tuple[tuple[Kind, int], ...] = (("F", 1), ("I", 1), ("I", 0), ("F", 0))
+
+
+_Pass = tuple[Kind, int]  # and its chunk
+_DOWN: tuple[_Pass, ...] = (("F", 0), ("I", 0))
+_UP: tuple[_Pass, ...] = (("F", 1), ("I", 1))
+
+
+def _zb_v_begin(stage: int, num_stages: int, num_micro_batches: int) -> deque[_Pass]:
+    """A stage's passes until all forward passes are done, without weight gradients.
+
+    Forward passes fill the pipeline until the first micro-batch is back, 2 p - 1 on every stage; then a micro-batch
+    leaves the second chunk for each that enters it, at last in turn with the first chunk.
+    """
+    begin: deque[_Pass] = deque()
+    left = dict.fromkeys((*_DOWN, *_UP), num_micro_batches)
+
+    def add(*passes: _Pass) -> None:
+        for item in passes:
+            if left[item]:
+                left[item] -= 1
+                begin.append(item)
+
+    behind = num_stages - 1 - stage
+    add(*_DOWN[:1] * (2 * behind + 1))
+    add(*(*_UP[:1], *_DOWN[:1]) * stage)
+    add(*_UP * behind)
+    while left["F", 0] or left["F", 1]:
+        add(*_UP, *_DOWN)
+    return begin
 
 
 @functools.lru_cache(maxsize=16)
@@ -198,6 +226,7 @@ def _zb_v(num_stages: int, num_micro_batches: int) -> list[list[Instruction]]:
     placement = Placement(num_stages, 2, turns=True)
     last_part, most_alive = placement.num_parts - 1, 2 * num_stages
     orders: list[list[Instruction]] = [[] for _ in range(num_stages)]
+    begins = [_zb_v_begin(stage, num_stages, num_micro_batches) for stage in range(num_stages)]
     weights: list[deque[Instruction]] = [deque() for _ in range(num_stages)]  # gradients to be computed
     alive = [0] * num_stages
     # How many micro-batches have been through each part, and how many can be: passes of the same kind stay in order.
@@ -208,9 +237,13 @@ def _zb_v(num_stages: int, num_micro_batches: int) -> list[list[Instruction]]:
     running: list[tuple[int, int]] = []  # (end, stage) of those at work
 
     def choose(stage: int) -> Instruction | None:
-        for kind, chunk in _PREFERENCES:
+        begin = begins[stage]
+        wanted = (begin[0],) if begin else (_UP[1], _DOWN[1])
+        for kind, chunk in wanted:
             key = (kind, placement.part(stage, chunk))
             if done[key] < possible[key] and (kind == "I" or alive[stage] < most_alive):
+                if begin:
+                    begin.popleft()
                 done[key] += 1
                 return Instruction(kind, done[key] - 1, chunk)
         return weights[stage].popleft() if weights[stage] else None
