@@ -12,15 +12,11 @@ import pytest
 import torch
 from jobs import Job, full_model, losses, steps, train_plain
 from rank_pool import RankPool
-from transformers import AutoModelForCausalLM
 
 from llmpipe_cli.data.bins import best_fit
 from llmpipe_cli.data.dataset import open_split
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.model.packing import packed_difference
-from llmpipe_cli.run import read_metrics
-from llmpipe_cli.tasks.registry import get_task
-from llmpipe_cli.tasks.view import view_samples
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 LLAMA = {"model_type": "llama", "intermediate_size": 48, "max_position_embeddings": 128, **SIZES}
@@ -66,13 +62,12 @@ def job_of(folder: Path, task: str, config: dict[str, Any], attention: str, **da
         turns = {"messages": [{"role": r, "content": t} for r, t in zip(("user", "assistant"), texts, strict=True)]}
         lines.append(turns if task == "chat" else {"text": texts[0]})
     (folder / "train.jsonl").write_text("".join(f"{line}\n".replace("'", '"') for line in lines))
-    source = {"files": str(folder / "train.jsonl")}
     values = {
         "name": "packed",
         "task": task,
         "model": {"config": config, "attn_implementation": attention},
         "tokenizer": {"train": {"vocab_size": 300}},
-        "data": {"train": source, "validation": source, "packing": True, **data},
+        "data": {"train": {"files": str(folder / "train.jsonl")}, "packing": True, **data},
         "train": TRAIN,
     }
     return Job(folder, values)
@@ -100,17 +95,6 @@ def test_two_stages_learn_what_single_documents_teach(
     run = job.train(pool, parallel={"pipeline": 2})
     assert losses(run) == pytest.approx(expected, rel=1e-5)
     assert [step["grad_norm"] for step in steps(run)] == pytest.approx(norms, rel=1e-4)
-    # Validated on the same texts: one conversation a row there, so the figure is that of the packed samples.
-    (event,) = [line for line in read_metrics(run.metrics) if line.get("event") == "evaluation"]
-    if task == "chat":
-        final = Unpacked(AutoModelForCausalLM.from_pretrained(run.checkpoints / "latest").eval(), [])
-        total, count, made, samples = 0.0, 0, get_task(job.data), open_split(job.data.train)
-        for index in range(len(samples)):
-            batch = made.collate([samples[index]], seed=(0,))
-            with torch.no_grad():
-                total += final(**batch).loss.item() * made.num_targets(batch)
-            count += made.num_targets(batch)
-        assert event["metrics"]["loss"] == pytest.approx(total / count, rel=1e-5)
     if task == "causal-lm" and config is LLAMA:  # it makes a difference, and is asked for
         across = job.data.model_copy(update={"block_attention": False})
         job.data = across
@@ -129,10 +113,6 @@ def test_whole_conversations_share_samples(tmp_path: Path) -> None:
         starts = np.flatnonzero(sample["positions"] == 0)
         found += [tuple(piece.tolist()) for piece in np.split(sample["input_ids"], starts[1:])]
     assert sorted(found) == whole, "each conversation is in one sample, whole and once"
-    (view,) = view_samples(job.data, split, [0])
-    first = open_split(split)[0]
-    assert [token.id for token in view.tokens] == first["input_ids"].tolist()
-    assert [token.is_target for token in view.tokens] == ((first["answered"] == 1) & (first["positions"] > 0)).tolist()
     least = sum(map(len, whole)) / 128
     assert least <= split.num_samples <= 1.25 * least + 1
 
