@@ -41,9 +41,9 @@ def doctor(nodes: Nodes, hosts: Path, *arguments: str, exit_code: int = 0) -> An
 @needs_nodes
 @pytest.mark.slow
 def test_bandwidth_and_latency_of_a_real_link(nodes: Nodes, tmp_path: Path) -> None:
-    hosts = nodes.hostfile(tmp_path / "hosts", (2, 2), UNSHARED)
+    hosts = nodes.hostfile(tmp_path / "hosts", (3, 2), UNSHARED)
     found = doctor(nodes, hosts, "--json")
-    assert [row["host"] for row in found["nodes"]] == ["node-a", "node-b"]
+    assert [(row["host"], row["slots"]) for row in found["nodes"]] == [("node-a", 3), ("node-b", 2)]
     figures = found["network"]
     assert [pair["same_node"] for pair in figures["pairs"]] == [True, False, True]
     assert figures["pairs"][1]["from"] == nodes.addresses[0]

@@ -102,15 +102,16 @@ def test_killed_guardian_and_early_death(run: RunDirectory, start: Start, tmp_pa
     """Two jobs at once: in one a guardian is killed, in the other a rank dies before it has done anything."""
     other = RunDirectory.create(tmp_path / "runs", "other")
     first, second = start(run, {0: "ignore"}, warm=True), start(other, {1: "die at once"}, warm=True)
-    worker_pids(run)
-    os.kill(read_json(run.rank_record(0))["pid"], signal.SIGKILL)
-    outcome = finish(first)
-    assert (outcome.exit_code, outcome.rank) == (4, 0)
     outcome = finish(second)
+    assert time.time() - (other.logs / "seen-1.json").stat().st_mtime < 15, "the promised bound"
     assert (outcome.exit_code, outcome.rank) == (4, 1)
     assert outcome.error is not None
     assert outcome.error.message == "the rank ended with code 11 without saying why"
     assert outcome.traceback == "rank 1 of 2 does: die at once"
+    worker_pids(run)
+    os.kill(read_json(run.rank_record(0))["pid"], signal.SIGKILL)
+    outcome = finish(first)
+    assert (outcome.exit_code, outcome.rank) == (4, 0)
     assert not alive(run)
     assert not alive(other)
 
@@ -193,6 +194,7 @@ def test_secrets_are_written_nowhere(run: RunDirectory, start: Start, monkeypatc
     ("signals", "behaviours", "exit_code", "state"),
     [
         ([signal.SIGTERM], {}, 75, "stopped"),
+        ([signal.SIGINT], {}, 75, "stopped"),
         ([signal.SIGINT, signal.SIGINT], {0: "ignore", 1: "ignore"}, 130, "failed"),
     ],
 )

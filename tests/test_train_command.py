@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import pytest
 from commands import Commands
 from rank_pool import RankPool
 
+from llmpipe_cli.engine.manifest import verify
 from llmpipe_cli.recipe.load import load_recipe
 from llmpipe_cli.report.history import load_history
-from llmpipe_cli.run import RunDirectory, list_runs, read_metrics
+from llmpipe_cli.run import RunDirectory, list_runs, read_json, read_metrics
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """\
@@ -155,6 +156,56 @@ def test_sigterm_saves_and_stops(folder: Path) -> None:
     assert stopped.steps_saved()[-1] == last["step"], "the step it was stopped at is saved"
 
 
+def test_killed_rank_and_two_ctrl_c_leave_checkpoints_to_go_on_from(folder: Path) -> None:
+    """A rank that dies in mid-step is named; the next run goes on from what was saved, and leaves it whole."""
+    stopped = RunDirectory.find("long", folder / "runs")
+    killed, process = resume_long(folder)
+    os.kill(read_json(killed.rank_record(1))["worker_pid"], signal.SIGKILL)
+    died = time.time()
+    _, err = process.communicate(timeout=60)
+    assert read_json(killed.status_file)["time"] - died < 10, "the promised bound"
+    assert process.returncode == 4
+    assert "the rank was killed by signal 9 (SIGKILL)" in err
+    assert f"rank 1 (host {os.uname().nodename}, stage 1)" in err
+
+    interrupted, process = resume_long(folder)
+    os.kill(read_json(interrupted.rank_record(0))["worker_pid"], signal.SIGSTOP)  # saving must not be quicker
+    process.send_signal(signal.SIGINT)
+    wait_for(interrupted.stop_file.exists)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    for before, after in ((stopped, killed), (killed, interrupted)):
+        resumed = [line["step"] for line in read_metrics(after.metrics) if line.get("event") == "resume"]
+        assert resumed == [before.steps_saved()[-1]]
+    verify(interrupted.checkpoint(interrupted.steps_saved()[-1]))
+
+
+def resume_long(folder: Path) -> tuple[RunDirectory, subprocess.Popen[str]]:
+    """The long training, gone on with and saved once more."""
+    before = {run.path for run in list_runs(folder / "runs")}
+    process = subprocess.Popen(
+        command("train", "tiny.yaml", "--set", "train.max_steps=5000", "--set", "name=long", "--resume", "auto"),
+        cwd=folder, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    found: list[RunDirectory] = []
+
+    def saved() -> bool:
+        assert process.poll() is None, process.communicate()[1]
+        found[:] = [run for run in list_runs(folder / "runs") if run.path not in before and run.steps_saved()]
+        return bool(found)
+
+    wait_for(saved)
+    return found[0], process
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.1)
+
+
 def test_changed_text_keeps_the_tokenizer_of_the_checkpoint(folder: Path, inside: Commands) -> None:
     run = list_runs(folder / "runs")[0]
     evaluations = [line for line in read_metrics(run.metrics) if line.get("event") == "evaluation"]
@@ -178,7 +229,8 @@ def test_generate_goes_on_from_prompts(folder: Path) -> None:
 
 def test_runs_are_listed(folder: Path, inside: Commands) -> None:
     rows = inside.json("runs", "ls")["runs"]
-    assert [row["state"] for row in rows if row["job"] == "train"] == ["done", "done", "stopped"]
+    states = [row["state"] for row in rows if row["job"] == "train"]
+    assert states == ["done", "done", "stopped", "failed", "failed"]
     assert {row["job"] for row in rows} == {"train", "evaluate", "generate"}
     first = list_runs(folder / "runs")[0]
     text = inside.run("runs", "logs", first.name, "--rank", "0").stdout

@@ -81,10 +81,10 @@ def _check(launcher: Launcher, flags: ClusterFlags) -> tuple[Report, list[str], 
 
     if isinstance(launcher, SshLauncher):
         hosts = read_hosts("ssh", flags)
-        count = min(_RANKS_A_NODE, *(host.slots for host in hosts))
-        launcher.use([dataclasses.replace(host, devices=host.devices[:count]) for host in hosts])
         with console.working("reaching the nodes"):
             report = launcher.check()
+        count = min(_RANKS_A_NODE, *(host.slots for host in hosts))
+        launcher.use([dataclasses.replace(host, devices=host.devices[:count]) for host in hosts])
         return report, [host.name for host in hosts], count * len(hosts)
     facts = node_facts(str(Path.cwd()), str(default_cache_dir()))
     count = min(_RANKS_A_NODE, facts["devices"].get("count", 1))

@@ -70,8 +70,11 @@ class SshLauncher(Launcher):
         return preflight.common_devices(self._hosts, self._facts)
 
     def use(self, hosts: Sequence[Host]) -> None:
-        """Take these nodes instead."""
+        """Take other devices of the same nodes, which may be connected already."""
         self._hosts = hosts
+        if self._connections:
+            for connection, host in zip(self._connections, hosts, strict=True):
+                connection.host = host
 
     def planned_devices(self, requested: int | None) -> Devices:
         """The devices as the hostfile says, without reaching a node: they are taken to be of this machine's kind."""
