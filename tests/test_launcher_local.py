@@ -90,7 +90,7 @@ def test_rank_killed_and_partner_that_ignores_sigterm(run: RunDirectory, start: 
     killed = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     outcome = finish(job)
-    assert time.monotonic() - killed < 40, "far below the grace period; 4 s where nothing else runs"
+    assert time.monotonic() - killed < 10, "the promised bound"
     assert (outcome.exit_code, outcome.rank) == (4, 1)
     assert outcome.error is not None
     assert outcome.error.message == "the rank was killed by signal 9 (SIGKILL)"

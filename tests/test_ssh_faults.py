@@ -117,7 +117,7 @@ def test_unshared_job_with_odd_names_is_a_bystander_of_a_job_that_dies(
     killed = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     outcome = finish(job)
-    assert time.monotonic() - killed < 40, "far below the grace period; 5 s where nothing else runs"
+    assert time.monotonic() - killed < 10, "the promised bound"
     assert (outcome.exit_code, outcome.rank) == (4, 1)
     assert outcome.error is not None
     assert outcome.error.message == "the rank was killed by signal 9 (SIGKILL)"
@@ -171,7 +171,7 @@ def test_link_goes_down(nodes: Nodes, start: Start) -> None:
     try:
         went = time.monotonic()
         outcome = finish(job)
-        assert time.monotonic() - went < 50, "far below the grace period; 10 s where nothing else runs"
+        assert time.monotonic() - went < 30, "the silence that is allowed, and not the grace period"
         assert outcome.exit_code == 5
         assert outcome.error is not None
         assert f"the node {nodes.addresses[1]} was lost: it has not been heard for 8 s" in outcome.error.message
@@ -219,7 +219,7 @@ def test_ranks_that_ignore_a_stop(nodes: Nodes, start: Start) -> None:
     asked = time.monotonic()
     job.request_stop()
     outcome = finish(job)
-    assert time.monotonic() - asked < 40, "one grace period for all"
+    assert time.monotonic() - asked < 25, "one grace period for all"
     assert outcome.exit_code == 4
     assert outcome.error is not None
     assert "did not save and end within 1 s" in outcome.error.message
@@ -227,7 +227,7 @@ def test_ranks_that_ignore_a_stop(nodes: Nodes, start: Start) -> None:
 
 
 def test_nodes_that_cannot_be_reached(nodes: Nodes, launcher: Callable[..., SshLauncher]) -> None:
-    """No sshd on one: nothing starts. 62 addresses and two that swallow packets are judged together."""
+    """No sshd on one: nothing starts. 62 addresses and two that swallow packets are judged in one time-out."""
     nodes.stop_server(1, SHARED)
     try:
         with pytest.raises(PreflightError, match=r"cannot be used: .*Connection refused") as caught:
@@ -245,7 +245,9 @@ def test_nodes_that_cannot_be_reached(nodes: Nodes, launcher: Callable[..., SshL
     hosts += [Host(address, (0,), place=f"hosts:{n}") for n, address in enumerate(swallowed, 41)]
     hosts += [Host(address, (0,), port=SHARED, place=f"hosts:{n}") for n, address in enumerate(many[40:], 43)]
     options = SshOptions(config=nodes.ssh_config, connect_timeout_seconds=4)
+    began = time.monotonic()
     report = SshLauncher(hosts, options).check()
+    assert time.monotonic() - began < 30, "one time-out of 4 s, not 64 of them"
     # The other 62 are one machine, of which as many are named as have answered by then.
     unreachable = [problem for problem in report.problems if not isinstance(problem, UsageError)]
     assert [problem.exit_code for problem in unreachable] == [3, 3]

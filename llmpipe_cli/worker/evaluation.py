@@ -2,7 +2,8 @@
 
 The micro-batches of a pass are dealt to the replicas in turn. On the last stage each adds its share to a vector of
 sums, and where sums are not enough to a list of records; vectors are summed and records collected over all ranks, so
-the result does not depend on the layout.
+the result does not depend on the layout. Between chunks of micro-batches the ranks agree whether one of them was asked to
+stop; then all of them leave together, without a result.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from llmpipe_cli.data.prepared import PreparedData, PreparedSplit
 from llmpipe_cli.engine.exchange import gather_json
 from llmpipe_cli.engine.executor import MicroBatch, StageExecutor
 from llmpipe_cli.engine.schedules import forward_only
-from llmpipe_cli.errors import UsageError
+from llmpipe_cli.errors import EXIT_STOPPED, UsageError
 from llmpipe_cli.run import write_json, write_text
 from llmpipe_cli.tasks.base import EvaluationBatch, EvaluationPass, Metrics, Task
 from llmpipe_cli.tasks.registry import get_task
 from llmpipe_cli.worker.hypotheses import score_hypotheses
 from llmpipe_cli.worker.process import Context, load_stage
+from llmpipe_cli.worker.stop import StopRequested
 from llmpipe_cli.worker.telemetry import MetricsWriter
 
 # Micro-batches handed to the pipeline at once: enough to fill it, few enough to hold their inputs.
@@ -57,6 +59,9 @@ class Evaluator:
             max_samples: score the first samples of each pass only.
             quick: run the first pass only, the one that training watches.
             metrics: receives progress events.
+
+        Raises:
+            StopRequested: a rank was asked to stop.
         """
         results: dict[str, float] = {}
         passes = self._task.evaluation_passes(self._samples, self._context.plan.micro_batch_size, max_samples)
@@ -77,6 +82,7 @@ class Evaluator:
         self._executor.module.eval()
         with torch.no_grad():
             for indices in self._chunks(len(chosen)):
+                self._leave_if_stopped()
                 self._run_chunk([chosen[index] for index in indices], indices, sums)
                 done += len(indices) * self._context.plan.layout.data
                 if metrics is not None:
@@ -86,6 +92,12 @@ class Evaluator:
         dist.all_reduce(vector)
         records = [record for mine in gather_json(sums.records) for record in mine]
         return vector.cpu(), records
+
+    def _leave_if_stopped(self) -> None:
+        flag = torch.tensor(float(self._context.stop.is_set()), device=self._context.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        if flag.item():
+            raise StopRequested
 
     def _run_chunk(self, batches: list[EvaluationBatch], indices: list[int], sums: Metrics) -> None:
         device, plan = self._context.device, self._context.plan
@@ -100,11 +112,12 @@ class Evaluator:
         self._executor.run(order, micro_batches, on_output=add)
 
     def _chunks(self, num_batches: int) -> Iterator[list[int]]:
-        """This replica's micro-batches, a few at a time."""
-        mine = list(range(self._context.replica, num_batches, self._context.plan.layout.data))
+        """This replica's micro-batches, a few at a time; as many chunks on every replica, the last ones may be empty."""
+        replicas = self._context.plan.layout.data
         size = _CHUNK_PER_STAGE * self._context.plan.layout.pipeline
-        for start in range(0, len(mine), size):
-            yield mine[start : start + size]
+        for start in range(0, num_batches, size * replicas):
+            stop = min(start + size * replicas, num_batches)
+            yield list(range(start + self._context.replica, stop, replicas))
 
 
 def evaluate(context: Context) -> int:
@@ -119,13 +132,17 @@ def evaluate(context: Context) -> int:
     executor = StageExecutor(load_stage(context), context.device)
     evaluator = Evaluator(context, executor, get_task(data), split)
     metrics.event("start", step=0, max_steps=0, layout=context.plan.layout.model_dump())
-    values = evaluator.run(metrics=metrics)
     signature = [data.task, f"sequence_len:{split.sequence_len}", f"data:{split.fingerprint[:12]}"]
-    if data.task == "translation" and split.kind != "synthetic" and context.recipe.evaluation.text_metrics:
-        assert data.tokenizer_dir is not None
-        texts = score_hypotheses(context, executor, split, data.tokenizer_dir)
-        values |= texts.metrics
-        signature += texts.signatures
+    try:
+        values = evaluator.run(metrics=metrics)
+        if data.task == "translation" and split.kind != "synthetic" and context.recipe.evaluation.text_metrics:
+            assert data.tokenizer_dir is not None
+            texts = score_hypotheses(context, executor, split, data.tokenizer_dir)
+            values |= texts.metrics
+            signature += texts.signatures
+    except StopRequested:
+        metrics.event("end", step=0, state="stopped")
+        return EXIT_STOPPED
     metrics.event("evaluation", step=0, metrics=values)
     if context.is_first:
         for name, text in evaluator.files.items():

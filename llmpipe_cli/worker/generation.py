@@ -22,6 +22,7 @@ from llmpipe_cli.errors import EXIT_STOPPED, UsageError
 from llmpipe_cli.worker.process import Context, load_stage
 from llmpipe_cli.worker.prompts import PromptReader, ResultWriter
 from llmpipe_cli.worker.sampling import GenerationSettings, Picker, Sampling
+from llmpipe_cli.worker.stop import StopRequested
 from llmpipe_cli.worker.telemetry import MetricsWriter
 
 # Prompts within this many batches are put together by length.
@@ -71,6 +72,9 @@ def generate_hypotheses(
     Returns:
         The new token ids of each source, in order and on every rank: without the source, without the decoder's start
         token, and without the end-of-text token and what would follow it.
+
+    Raises:
+        StopRequested: the generator was asked to stop; on all ranks of the replica.
     """
     generator = generator or Generator(context, executor)
     was_training = executor.module.training
@@ -83,6 +87,8 @@ def generate_hypotheses(
     numbered = [(index, list(source)) for index, source in enumerate(sources)]
     generator.run(generator.batches(numbered, batch_size or context.plan.micro_batch_size), settings, keep)
     executor.module.train(was_training)
+    if generator.decoder.stopping:
+        raise StopRequested
     return [results[index] for index in range(len(sources))]
 
 

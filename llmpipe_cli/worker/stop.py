@@ -1,7 +1,7 @@
 """Requests to stop: SIGTERM or SIGUSR1 to any rank, or the run's stop file.
 
-A request only sets a flag; the training loop shares it between all ranks at the end of a step, so that all of them
-save the same step and end together.
+A request only sets a flag; the ranks share it where they can leave together: training at the end of a step, so that all
+save the same step, evaluation and generation between micro-batches.
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 from types import FrameType
+
+
+class StopRequested(Exception):  # noqa: N818 (a request, not an error)
+    """Work was left because a rank was asked to stop; raised on all ranks of the job together."""
 
 
 class StopFlag:

@@ -39,6 +39,7 @@ from llmpipe_cli.run import write_json
 from llmpipe_cli.tasks.registry import get_task
 from llmpipe_cli.worker.evaluation import Evaluator
 from llmpipe_cli.worker.process import Context, config_from_fields, load_stage
+from llmpipe_cli.worker.stop import StopRequested
 from llmpipe_cli.worker.streaming import StreamBatches
 from llmpipe_cli.worker.telemetry import MetricsWriter, peak_memory_bytes
 from llmpipe_cli.worker.trackers import Trackers
@@ -96,6 +97,7 @@ class Trainer:
         self.engine = Engine(self.plan, module, loss, curve)
         self.batches = self._open_batches(self.data.train)
         self.evaluator: Evaluator | None = None
+        self.stop_requested = False
         if self.data.validation is not None:
             self.evaluator = Evaluator(context, self.engine.executor, self.task, self.data.validation)
         self.skipped_in_a_row = 0
@@ -135,7 +137,7 @@ class Trainer:
             self.metrics.event("warning", step=self.position.step, message=message)
         if self.position.step == 0 and self.recipe.evaluation.every_steps is not None:
             self._evaluate()
-        saved_step, stopped = self.position.step, False
+        saved_step, stopped = self.position.step, self.stop_requested
         timeline_step = self.position.step + _TIMELINE_AFTER
         while self.position.step < self.settings.max_steps and not stopped:
             stopped = self.step() or self.position.step == self.settings.stop_at
@@ -145,7 +147,7 @@ class Trainer:
             improved = False
             if last or _is_due(self.position.step, self.recipe.evaluation.every_steps):
                 improved = self._evaluate()
-                stopped = stopped or self._is_stale()
+                stopped = stopped or self.stop_requested or self._is_stale()
             if stopped or last or improved or _is_due(self.position.step, self.recipe.checkpoint.every_steps):
                 self._save(best=improved)
                 saved_step = self.position.step
@@ -306,10 +308,16 @@ class Trainer:
             write_json(context.run.timeline / f"step-{self.position.step:08d}.json", timeline)
 
     def _evaluate(self) -> bool:
-        """Evaluate on the validation data; returns whether the kept metric improved."""
+        """Evaluate on the validation data; returns whether the kept metric improved. A stop leaves it out."""
         if self.evaluator is None:
             return False
-        values = self.evaluator.run(self.recipe.evaluation.max_samples, quick=True)
+        try:
+            values = self.evaluator.run(self.recipe.evaluation.max_samples, quick=True)
+        except StopRequested:
+            self.stop_requested = True
+            message = f"a stop was asked for: the evaluation at step {self.position.step} is left out"
+            self.metrics.event("warning", step=self.position.step, message=message)
+            return False
         self.metrics.event("evaluation", step=self.position.step, metrics=values)
         stopping = self.recipe.train.early_stopping
         name = self.recipe.checkpoint.keep_best or (stopping.metric if stopping else None)
