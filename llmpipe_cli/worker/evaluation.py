@@ -2,8 +2,8 @@
 
 The micro-batches of a pass are dealt to the replicas in turn. On the last stage each adds its share to a vector of
 sums, and where sums are not enough to a list of records; vectors are summed and records collected over all ranks, so
-the result does not depend on the layout. Between chunks of micro-batches the ranks agree whether one of them was asked to
-stop; then all of them leave together, without a result.
+the result does not depend on the layout. Between chunks of micro-batches the ranks agree whether one of them was asked
+to stop; then all of them leave together, without a result.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Evaluator:
         self._executor.run(order, micro_batches, on_output=add)
 
     def _chunks(self, num_batches: int) -> Iterator[list[int]]:
-        """This replica's micro-batches, a few at a time; as many chunks on every replica, the last ones may be empty."""
+        """This replica's micro-batches, a few at a time; every replica has as many chunks, the last may be empty."""
         replicas = self._context.plan.layout.data
         size = _CHUNK_PER_STAGE * self._context.plan.layout.pipeline
         for start in range(0, num_batches, size * replicas):
