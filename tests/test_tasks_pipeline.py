@@ -405,6 +405,16 @@ def test_translation_from_scratch(tmp_path: Path, pool: RankPool) -> None:
     assert result["metrics"]["chrf"] == pytest.approx(chrf["score"], abs=1e-9)
     assert bleu["signature"].split("|version")[0] in result["signature"]
 
+    replicas = evaluated(job, run, pool, pipeline=1, data=2)
+    assert (replicas.path / "hypotheses.txt").read_text().splitlines() == hypotheses
+    assert read_json(replicas.evaluation)["metrics"] == pytest.approx(result["metrics"], rel=1e-6)
+
+    checkpoint = (run.checkpoints / "latest").resolve()
+    stopped = job.start(job.plan(resume=checkpoint, job="evaluate", parallel={"pipeline": 1, "data": 2}))
+    stopped.request_stop()
+    assert pool.run(stopped, 2) == [75, 75], "one rank sees the request"
+    assert not stopped.evaluation.exists()
+
 
 class _Smoothed(torch.nn.Module):
     """transformers' model with the loss of its Trainer's label smoothing."""
