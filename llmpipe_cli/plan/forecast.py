@@ -36,7 +36,8 @@ class Forecast:
         stage_seconds: what each stage computes in a step.
         memory_bytes: peak of each stage, on a processor without the interpreter and its libraries.
         bubble_fraction: idle share of the pipeline.
-        absolute: the device's rates are known, so that seconds can be compared and not their shares only.
+        absolute: the device's rates and the rows' lengths are known, so that seconds can be compared and not their
+            shares only. Rows that are not packed are as long as their texts; they are predicted at full length.
     """
 
     step_seconds: float | None
@@ -79,7 +80,7 @@ def forecast(plan: Plan, cluster: Cluster) -> Forecast | None:
         seconds,
         [round(own.total) for own in candidate.memory],
         candidate.bubble,
-        absolute=plan.device != "cpu",
+        absolute=plan.device != "cpu" and bool((plan.data or {}).get("packing")),
     )
 
 

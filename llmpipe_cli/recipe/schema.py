@@ -176,7 +176,7 @@ class DataSection(Section):
     validation: DataSource | None = None
     """Held-out data; `{fraction: 0.02}` holds out a share of the training documents."""
     sequence_len: PositiveInt = 1024
-    """Tokens a sample."""
+    """Tokens a sample; without packing the most, since short texts are padded to the longest of their micro-batch."""
     target_sequence_len: PositiveInt | None = None
     """Translation: tokens of the output text; unset takes `sequence_len`."""
     packing: bool | None = None

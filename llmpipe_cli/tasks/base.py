@@ -1,7 +1,9 @@
 """What a task is: how samples become a micro-batch, and how a model's outputs become metrics.
 
 A task is opened from `PreparedData` alone, so every rank has it without a tokenizer. Every micro-batch of a run has the
-same keys, shapes and types, as a pipeline needs; the keys are the keyword arguments of the Hugging Face model.
+same keys and types, as a pipeline needs; the keys are the keyword arguments of the Hugging Face model. Rows are as long
+as the longest of their micro-batch: short texts cost what they are, and since layouts do not decide which samples share
+a micro-batch, they do not decide its shape either.
 
 An evaluation is one or more named passes. A pass is a list of micro-batches, read by index in any order on any rank; on
 the last stage `Metrics.update` adds each micro-batch's share to a vector of float64 numbers, and where sums are not
@@ -26,6 +28,9 @@ from llmpipe_cli.data.prepared import PreparedData
 IGNORED = -100
 """Label of positions that are no target, as in Hugging Face's losses."""
 
+LENGTH_STEP = 8
+"""Rows of a micro-batch are padded to a multiple of this: what matrix units like, and few different shapes."""
+
 Batch = dict[str, torch.Tensor]
 
 
@@ -34,7 +39,7 @@ class EvaluationBatch:
     """One micro-batch of an evaluation.
 
     Attributes:
-        inputs: keyword arguments of the model, with the keys and shapes of a training micro-batch.
+        inputs: keyword arguments of the model, with the keys of a training micro-batch.
         targets: what `Metrics.update` compares the logits with, `IGNORED` where nothing is scored; int64, of the shape
             of the logits without their last dimension.
         rows: index of each row among the pass's samples; filled in by the pass.
@@ -139,7 +144,7 @@ class Task(ABC):
 
     @abstractmethod
     def collate(self, samples: Sequence[Sample], *, seed: tuple[int, ...]) -> Batch:
-        """A micro-batch, int64 tensors of the same shapes each time. `seed` decides everything random in it."""
+        """A micro-batch, int64 tensors. `seed` decides everything random in it."""
 
     @abstractmethod
     def num_targets(self, batch: Batch) -> int:
@@ -157,8 +162,19 @@ class Task(ABC):
         """The passes that score these samples; the first `max_samples` of each pass only, if given."""
 
 
-def pad(rows: Sequence[np.ndarray], length: int, value: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows filled up to `length` on the right, and a mask that is 1 on what was there; both int64 [rows, length]."""
+def pad(rows: Sequence[np.ndarray], limit: int, value: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows filled up on the right to the longest of them, and a mask that is 1 on what was there.
+
+    Args:
+        rows: int64 [n] each; those longer than `limit` are cut.
+        limit: longest row of the result.
+        value: what they are filled up with.
+
+    Returns:
+        Both int64 [rows, length]; `length` is a multiple of `LENGTH_STEP` or the limit.
+    """
+    longest = max(len(row) for row in rows)
+    length = min(-(-max(longest, 1) // LENGTH_STEP) * LENGTH_STEP, limit)
     padded = np.full((len(rows), length), value, dtype=np.int64)
     mask = np.zeros((len(rows), length), dtype=np.int64)
     for index, row in enumerate(rows):

@@ -18,7 +18,7 @@ from llmpipe_cli.tasks.base import IGNORED, Batch, EvaluationBatch, EvaluationPa
 
 class Chat(Task):
     """Next-token prediction in answers; batches hold `input_ids`, `attention_mask` and `labels`
-    [micro_batch, sequence_len]."""
+    [micro_batch, length]."""
 
     name = "chat"
 

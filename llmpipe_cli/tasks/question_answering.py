@@ -30,7 +30,7 @@ from llmpipe_cli.tasks.squad import squad_scores
 
 class QuestionAnswering(Task):
     """First and last token of the answer; batches hold `input_ids`, `attention_mask`, for tokenizers that tell two
-    texts apart `token_type_ids`, all [micro_batch, sequence_len], and `start_positions` and `end_positions`
+    texts apart `token_type_ids`, all [micro_batch, length], and `start_positions` and `end_positions`
     [micro_batch]."""
 
     name = "question-answering"
@@ -47,7 +47,7 @@ class QuestionAnswering(Task):
         return len(batch["start_positions"])
 
     def logits(self, output: Any) -> torch.Tensor:
-        """Scores of first and last tokens, [micro_batch, sequence_len, 2]."""
+        """Scores of first and last tokens, [micro_batch, length, 2]."""
         return torch.stack([output.start_logits, output.end_logits], dim=-1)
 
     def evaluation_passes(

@@ -33,7 +33,7 @@ Entity = tuple[str, int, int]
 
 
 class TokenClassification(Task):
-    """One tag a word; batches hold `input_ids`, `attention_mask` and `labels` [micro_batch, sequence_len]."""
+    """One tag a word; batches hold `input_ids`, `attention_mask` and `labels` [micro_batch, length]."""
 
     name = "token-classification"
 

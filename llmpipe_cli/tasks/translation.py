@@ -17,8 +17,8 @@ from llmpipe_cli.tasks.base import IGNORED, Batch, EvaluationBatch, EvaluationPa
 
 
 class Translation(Task):
-    """Text to text; batches hold `input_ids` and `attention_mask` [micro_batch, sequence_len] and `labels`
-    [micro_batch, target_sequence_len]."""
+    """Text to text; batches hold `input_ids` and `attention_mask` [micro_batch, length] and `labels`
+    [micro_batch, target length]."""
 
     name = "translation"
 
