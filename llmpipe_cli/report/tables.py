@@ -74,7 +74,7 @@ def runs_table(rows: list[dict[str, Any]]) -> Table:
     table.add_column("run", overflow="fold")
     for name in ("job", "state", "layout"):
         table.add_column(name, no_wrap=True)
-    for name in ("step", "loss", "validation"):
+    for name in ("step", "loss", "val loss"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         of = f"/{row['max_steps']}" if row["max_steps"] and row["job"] == "train" else ""
