@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from jobs import Job, steps
 from rank_pool import RankPool
 
+from llmpipe_cli.engine.checkpoint import HostCopies
 from llmpipe_cli.engine.manifest import newest_checkpoint, training_state, verify
 from llmpipe_cli.errors import CheckpointError
 from llmpipe_cli.run import RunDirectory, read_json, read_metrics
@@ -142,6 +144,22 @@ def test_training_goes_on_while_a_checkpoint_is_written(job: Job, pool: RankPool
         verify(run.checkpoint(step))
     resumed = job.train(pool, resume=run.checkpoint(8), train__max_steps=12)
     assert [line["loss"] for line in steps(resumed)] == [line["loss"] for line in steps(run)][8:]
+
+
+def test_copies_are_kept_in_the_same_memory() -> None:
+    copies = HostCopies()
+    values = torch.arange(12.0).view(3, 4)
+    first = copies.take({"transposed": values.t(), "removed": values[0], "reshaped": values[0]})
+    assert first["transposed"].is_contiguous()
+    place = first["transposed"].data_ptr()
+    values += 1
+    assert torch.equal(first["transposed"], torch.arange(12.0).view(3, 4).t())  # no view of what training changes
+    second = copies.take({"transposed": values.t(), "reshaped": values[0, :2].bfloat16()})
+    assert set(second) == {"transposed", "reshaped"}
+    assert second["transposed"].data_ptr() == place
+    assert torch.equal(second["transposed"], values.t())
+    assert second["reshaped"].tolist() == [1.0, 2.0]
+    assert second["reshaped"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.013, 0.031, 0.057])

@@ -62,27 +62,57 @@ class Snapshot:
     adapters: bool
 
 
-def take_snapshot(engine: Engine, max_shard_size: str) -> Snapshot:
+class HostCopies:
+    """Copies of a rank's tensors in main memory, in buffers that are kept from one save to the next.
+
+    Memory that a process touches for the first time costs several times the copy itself, so only the first save pays
+    for it. Between saves the buffers hold as many bytes as this rank saves; they are page-locked where the tensors lie
+    on an accelerator, which then copies by itself.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copy tensors, contiguously; what an earlier call returned is overwritten, and freed where it is not needed.
+
+        Args:
+            tensors: by names that are the same at every save; shapes and dtypes may change.
+        """
+        old, self._buffers = self._buffers, {}
+        devices = set()
+        for name, tensor in tensors.items():
+            buffer = old.pop(name, None)
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[name] = buffer.copy_(tensor.detach(), non_blocking=True)
+            if tensor.is_cuda:
+                devices.add(tensor.device)
+        for device in devices:
+            torch.cuda.synchronize(device)
+        return dict(self._buffers)
+
+
+def take_snapshot(engine: Engine, max_shard_size: str, copies: HostCopies) -> Snapshot:
     """Copy what this rank saves; all ranks call it between the same two steps.
 
     Args:
         engine: the engine.
         max_shard_size: size of one weights file, such as "5GB".
+        copies: where to copy to; nothing may be reading an earlier snapshot that lies there.
     """
     adapters = engine.adapters
     shards = _own_weight_shards(engine, max_shard_size) if adapters is None else _own_adapters(engine, adapters)
-    copies = [{name: _copy(tensor) for name, tensor in tensors.items()} for tensors in shards]
-    optimizer: dict[str, torch.Tensor] = {}
-    parts: dict[str, Any] = {}
-    for item in local_slices(engine):
-        optimizer[f"{item.parameter}|{item.key}|{item.start}"] = _copy(item.values)
-        if item.part is not None:
-            parts[item.parameter] = item.part.to_json()
-    return Snapshot(copies, optimizer, parts, adapters is not None)
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    slices = list(local_slices(engine))
+    states = {f"{item.parameter}|{item.key}|{item.start}": item.values for item in slices}
+    # Names of weights hold no "|", so the two kinds cannot be taken for each other.
+    copied = copies.take({name: tensor for tensors in (*shards, states) for name, tensor in tensors.items()})
+    return Snapshot(
+        shards=[{name: copied[name] for name in tensors} for tensors in shards],
+        optimizer={name: copied[name] for name in states},
+        parts={item.parameter: item.part.to_json() for item in slices if item.part is not None},
+        adapters=adapters is not None,
+    )
 
 
 def write_checkpoint(
@@ -326,11 +356,12 @@ def _own_weight_shards(engine: Engine, max_shard_size: str) -> list[dict[str, to
     if module.tensor_group is not None:
         whole = gather_whole(module.skeleton, module.slice_plan, names, module.tensor_group)
         names = list(whole)
-    state = stage_state_dict(module.skeleton, names, whole)
-    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    tensors = stage_state_dict(module.skeleton, names, whole)
     if not tensors:
         return []
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    # Sizes alone are looked at: without data no two tensors are taken for views of the same memory.
+    sizes = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     return [{name: tensors[name] for name in group} for group in split.filename_to_tensors.values()]
 
 

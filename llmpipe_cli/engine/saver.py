@@ -1,9 +1,9 @@
 """Checkpoints in the background: training stands still for the copy only.
 
-A save copies what this rank holds between two steps and hands the copy to a thread, which writes it together with the
-threads of the other ranks, over a process group of their own. One checkpoint is written at a time: the next save, a
-request to stop and the end of training wait for it. A rank that could not write makes all threads fail alike; training
-hears of it at the end of the step in which the first of them did.
+A save copies what this rank holds between two steps, into memory that is kept for the next save, and hands the copy to
+a thread, which writes it together with the threads of the other ranks, over a process group of their own. One
+checkpoint is written at a time: the next save, a request to stop and the end of training wait for it. A rank that could
+not write makes all threads fail alike; training hears of it at the end of the step in which the first of them did.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from llmpipe_cli.engine.checkpoint import take_snapshot, write_checkpoint
+from llmpipe_cli.engine.checkpoint import HostCopies, take_snapshot, write_checkpoint
 from llmpipe_cli.engine.pipeline import Engine
 from llmpipe_cli.model.weights import stage_state_dict
 
@@ -52,6 +52,7 @@ class Saver:
 
     def __init__(self, engine: Engine) -> None:
         self._group = dist.new_group(backend="gloo")
+        self._copies = HostCopies()
         # transformers makes up its tables of weight names at the first call: a quarter of a second, better spent here.
         stage_state_dict(engine.module.skeleton, [])
         self._thread: threading.Thread | None = None
@@ -82,7 +83,7 @@ class Saver:
         """
         assert self._thread is None, "the last checkpoint is still being written"
         started = time.perf_counter()
-        snapshot = take_snapshot(engine, max_shard_size)
+        snapshot = take_snapshot(engine, max_shard_size, self._copies)
         stall_seconds = time.perf_counter() - started
 
         def write() -> None:
