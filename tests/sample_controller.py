@@ -26,7 +26,7 @@ def main() -> int:
     try:
         launcher = make_launcher(None, ClusterFlags())
         if len(sys.argv) > 4:
-            flags = ClusterFlags(Path(sys.argv[4]), options=[f"ssh-config={sys.argv[5]}", "node-timeout=20"])
+            flags = ClusterFlags(Path(sys.argv[4]), options=[f"ssh-config={sys.argv[5]}", "node-timeout=5"])
             launcher = make_launcher("ssh", flags)
         launcher.warm_up()
         with StopSignals() as signals:

@@ -26,11 +26,12 @@ def test_combinations() -> None:
 
 
 def test_rows_of_real_runs(tmp_path: Path) -> None:
-    fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    # Passes of milliseconds: a stage that loses its core in between is not taken for one that waits.
+    fields = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
     recipe: dict[str, Any] = {
         "name": "bench",
         "model": {"config": {"model_type": "llama", "vocab_size": 100, **fields}},
-        "data": {"train": {"synthetic": True}, "sequence_len": 16},
+        "data": {"train": {"synthetic": True}, "sequence_len": 128},
         "train": {"max_steps": 3, "global_batch_size": 4, "micro_batch_size": 1},
     }
     job = Job(tmp_path, recipe)
@@ -54,13 +55,13 @@ def test_rows_of_real_runs(tmp_path: Path) -> None:
     assert two["speedup"] == pytest.approx(two["tokens_per_second"] / one["tokens_per_second"])
     assert two["efficiency"] == pytest.approx(two["speedup"] / 2)
     assert len(two["memory_bytes"]) == 2
-    assert all(0.0 <= row["bubble_fraction"] < 1.0 for row in (one, two))
+    assert 0.0 <= one["bubble_fraction"] < two["bubble_fraction"] < 1.0
     assert bench_table([one, two], 0).row_count == split_table([one, two]).row_count == 2
     for row in (one, two):
         assert sum(row["step_split"].values()) == pytest.approx(1.0, abs=1e-6)
         assert row["step_split"]["busy"] > 0.0
         assert row["mfu"] is None, "a core's peak is not known"
-    assert one["step_split"]["wait_activations"] < two["step_split"]["wait_activations"]
+    assert one["step_split"]["wait_activations"] < 0.01 < two["step_split"]["wait_activations"]
     assert plot([one, two], tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     known = Contender("x", contenders[1].layout, "zb-h1", contenders[1].runs, flops_per_token=6e5, peak_flops=1e9)
     (row,) = bench_rows([known], baseline=0, warmup=1)

@@ -48,8 +48,8 @@ def test_bandwidth_and_latency_of_a_real_link(nodes: Nodes, tmp_path: Path) -> N
     assert [pair["same_node"] for pair in figures["pairs"]] == [True, False, True]
     assert figures["pairs"][1]["from"] == nodes.addresses[0]
     assert figures["inter_node_gbps"] == figures["pairs"][1]["gbps"]
-    assert 0.01 < figures["inter_node_gbps"] < 1000
-    assert 1e-6 < figures["latency_seconds"] < 1
+    assert 0.1 < figures["inter_node_gbps"] < 1000
+    assert 1e-6 < figures["latency_seconds"] < 0.1
     assert read_figures(nodes.addresses, nodes.folder / "cache")["pairs"] == figures["pairs"]
 
     # The same link, held down to 200 Mbit/s.

@@ -226,7 +226,7 @@ def test_controller_killed(run: RunDirectory) -> None:
     assert run.status()["state"] == "running"
     controller.kill()
     controller.wait()
-    wait_until(lambda: not any(is_running(pid) for pid in pids) and not alive(run))
+    wait_until(lambda: not any(is_running(pid) for pid in pids) and not alive(run), 30)
     assert run.status()["state"] == "lost"
 
 

@@ -19,7 +19,6 @@ from llmpipe_cli.data.prepare import count_documents, prepare
 from llmpipe_cli.data.prepared import PreparedData
 from llmpipe_cli.data.store import Documents
 from llmpipe_cli.errors import UsageError
-from llmpipe_cli.recipe.load import load_recipe
 from llmpipe_cli.recipe.schema import Recipe
 from llmpipe_cli.report.samples import data_summary
 from llmpipe_cli.tasks.registry import get_task
@@ -131,27 +130,6 @@ def test_labels_of_all_sources_are_known_in_each(tmp_path: Path) -> None:
     assert data.train is not None
     assert data.train.label_counts == [8, 8]
     assert [part.label_counts for part in data.train.parts] == [[0, 8], [8, 0]]
-
-
-@pytest.mark.parametrize(
-    ("body", "place", "message"),
-    [
-        ("[{files: a.txt, weight: 1}, {files: b.txt}]", "5:44", "have a weight and some have none"),
-        ("[{files: a.txt}]", "5:13", "two sources or more"),
-        ("[{files: a.txt}, {file: b.txt}]", "5:31", "has no field `file`"),
-        ("[{files: a.txt}, {files: b.txt, weight: 0}]", "5:53", "above 0"),
-        ("[{files: a.txt}, {files: b.txt, synthetic: true}]", "5:56", "no place inside a mixture"),
-    ],
-)
-def test_mistakes_are_told_with_their_place(body: str, place: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "r.yaml"
-    head = "name: a\nmodel: {config: {model_type: llama}}\ndata:\n  train:\n"
-    path.write_text(f"{head}    mixture: {body}\n")
-    with pytest.raises(UsageError) as caught:
-        load_recipe(path)
-    shown = str(caught.value)
-    assert message in shown
-    assert f"r.yaml:{place.partition(':')[0]}:" in shown
 
 
 def test_a_share_of_each_class_is_held_out(tmp_path: Path) -> None:

@@ -62,6 +62,11 @@ def has_problem(result: Result, place: str, message: str, hint: str) -> bool:
     return False
 
 
+def stream(fields: str) -> str:
+    """A line of a recipe: text that is learned from while it is read."""
+    return f"data: {{train: {{files: a.txt, streaming: true}}, {fields}}}\n"
+
+
 # (what is wrong, the recipe, line:column, part of the message, part of the hint)
 BROKEN: list[tuple[str, str, str, str, str]] = [
     # names of fields
@@ -404,6 +409,74 @@ BROKEN: list[tuple[str, str, str, str, str]] = [
         "3:30",
         "a size such as 5GB",
         "max_shard_size: 5GB",
+    ),
+    # a mixture of sources
+    (
+        "weights of some",
+        HEAD + "data: {train: {mixture: [{files: a.txt, weight: 1}, {files: b.txt}]}}",
+        "3:53",
+        "have a weight and some have none",
+        "a weight for each, or for none",
+    ),
+    (
+        "mixture of one",
+        HEAD + "data: {train: {mixture: [{files: a.txt}]}}",
+        "3:25",
+        "two sources or more",
+        "write the source itself",
+    ),
+    (
+        "mistyped key in a mixture",
+        HEAD + "data: {train: {mixture: [{files: a.txt}, {file: b.txt}]}}",
+        "3:43",
+        "`data.train.mixture.1` has no field `file`",
+        "write `files`",
+    ),
+    (
+        "weight of nothing",
+        HEAD + "data: {train: {mixture: [{files: a.txt}, {files: b.txt, weight: 0}]}}",
+        "3:65",
+        "expects a number above 0",
+        "share of the training samples",
+    ),
+    (
+        "synthetic in a mixture",
+        HEAD + "data: {train: {mixture: [{files: a.txt}, {files: b.txt, synthetic: true}]}}",
+        "3:68",
+        "`synthetic` has no place inside a mixture",
+        "leave it out",
+    ),
+    # what needs all data at once does not go with a stream
+    ("share of a stream", HEAD + stream("validation: {fraction: 0.1}"), "3:71", "read to its end first", "of its own"),
+    ("unpacked stream", HEAD + stream("packing: false"), "3:41", "is cut into blocks", "leave `streaming` out"),
+    (
+        "streamed chat",
+        HEAD + stream("sequence_len: 64") + "task: chat",
+        "3:41",
+        "is cut into blocks",
+        "leave `streaming`",
+    ),
+    (
+        "duplicates in a stream",
+        HEAD + stream("clean: {duplicates: exact}"),
+        "3:68",
+        "keep all of it in mind",
+        "leave it",
+    ),
+    ("augmented stream", HEAD + stream("augment: {copies: 1}"), "3:57", "does not go with a stream", "leave it out"),
+    (
+        "epochs of a stream",
+        HEAD + stream("sequence_len: 64") + "train: {num_train_epochs: 1}",
+        "4:27",
+        "how long an epoch of a stream is",
+        "write max_steps: 10000",
+    ),
+    (
+        "tokenizer of a stream",
+        HEAD + stream("sequence_len: 64") + "tokenizer: {train: {vocab_size: 300}}",
+        "4:20",
+        "trained on the whole stream",
+        "write max_documents: 10000",
     ),
 ]
 

@@ -165,16 +165,16 @@ def test_agent_of_a_node_is_killed(nodes: Nodes, start: Start, victim: str) -> N
 
 
 def test_link_goes_down(nodes: Nodes, start: Start) -> None:
-    job = start({0: "ignore", 1: "ignore"}, silence_seconds=8.0)
+    job = start({0: "ignore", 1: "ignore"}, silence_seconds=4.0)
     worker_pids(job)
     nodes.link(1, "down")
     try:
         went = time.monotonic()
         outcome = finish(job)
-        assert time.monotonic() - went < 30, "the silence that is allowed, and not the grace period"
+        assert time.monotonic() - went < 15, "the silence that is allowed, and not the grace period"
         assert outcome.exit_code == 5
         assert outcome.error is not None
-        assert f"the node {nodes.addresses[1]} was lost: it has not been heard for 8 s" in outcome.error.message
+        assert f"the node {nodes.addresses[1]} was lost: it has not been heard for 4 s" in outcome.error.message
         nothing_left(nodes)
     finally:
         nodes.link(1, "up")
@@ -210,7 +210,7 @@ def test_signals_to_the_controller(
     assert controller.returncode == exit_code
     if exit_code == 75:
         assert sorted(path.name for path in run.logs.glob("saved-*")) == ["saved-0", "saved-1"]
-    nothing_left(nodes)
+    nothing_left(nodes, 30)
 
 
 def test_ranks_that_ignore_a_stop(nodes: Nodes, start: Start) -> None:
@@ -219,7 +219,7 @@ def test_ranks_that_ignore_a_stop(nodes: Nodes, start: Start) -> None:
     asked = time.monotonic()
     job.request_stop()
     outcome = finish(job)
-    assert time.monotonic() - asked < 25, "one grace period for all"
+    assert time.monotonic() - asked < 15, "one grace period for all"
     assert outcome.exit_code == 4
     assert outcome.error is not None
     assert "did not save and end within 1 s" in outcome.error.message
@@ -246,18 +246,19 @@ def test_nodes_that_cannot_be_reached(nodes: Nodes, launcher: Callable[..., SshL
     hosts += [Host(address, (0,), port=SHARED, place=f"hosts:{n}") for n, address in enumerate(many[40:], 43)]
     options = SshOptions(config=nodes.ssh_config, connect_timeout_seconds=4)
     began = time.monotonic()
-    report = SshLauncher(hosts, options).check()
-    assert time.monotonic() - began < 30, "one time-out of 4 s, not 64 of them"
-    # The other 62 are one machine, of which as many are named as have answered by then.
-    unreachable = [problem for problem in report.problems if not isinstance(problem, UsageError)]
-    assert [problem.exit_code for problem in unreachable] == [3, 3]
-    assert sorted(str(problem.where) for problem in unreachable) == ["hosts:41", "hosts:42"]
-    for address, problem in zip(swallowed, sorted(unreachable, key=str), strict=True):
-        assert f"{address} cannot be used" in problem.message
-        assert "timed out" in problem.message
-    with pytest.raises(PreflightError, match="cannot be used"):
-        SshLauncher([hosts[0], hosts[40]], options).devices(None)
-    nothing_left(nodes)
+    with pytest.raises(PreflightError) as told:
+        SshLauncher(hosts, options).devices(None)
+    assert time.monotonic() - began < 20, "not 64 time-outs, and not 2"
+    assert told.value.exit_code == 3
+    # The other 62 are two machines: as many of their other names as have answered by then are told after these.
+    first, second, *_ = [line for line in told.value.message.splitlines() if "is the same machine as" not in line]
+    places = {str(told.value.where), second.removeprefix("  also ").partition(": ")[0]}
+    assert places == {"hosts:41", "hosts:42"}
+    for address, message in zip(swallowed, sorted([first, second], key=lambda text: swallowed[1] in text), strict=True):
+        assert f"{address} cannot be used" in message
+        assert "timed out" in message
+    assert len(told.value.message.split("cannot be used")) == 3
+    nothing_left(nodes, 60)
 
 
 def test_nodes_that_differ(nodes: Nodes, launcher: Callable[..., SshLauncher], start: Start, tmp_path: Path) -> None:
@@ -314,7 +315,7 @@ def worker_pids(job: SshJob) -> list[int]:
     return [read_json(path)["pid"] for path in seen]
 
 
-def nothing_left(nodes: Nodes, seconds: float = 120.0) -> None:
+def nothing_left(nodes: Nodes, seconds: float = 10.0) -> None:
     wait_until(lambda: not nodes.processes(0) and not nodes.processes(1), seconds=seconds)
 
 

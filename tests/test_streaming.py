@@ -18,7 +18,6 @@ from llmpipe_cli.data.prepare import prepare
 from llmpipe_cli.data.prepared import PreparedSplit
 from llmpipe_cli.data.stream import SampleStream, positions_of
 from llmpipe_cli.errors import UsageError
-from llmpipe_cli.recipe.load import load_recipe
 from llmpipe_cli.recipe.schema import Recipe
 from llmpipe_cli.report.samples import data_summary
 from llmpipe_cli.tasks.view import view_samples
@@ -127,24 +126,3 @@ def test_training_and_going_on_from_a_stream(shuffle: bool, tmp_path: Path, pool
         other = Job(tmp_path, values(files, shuffle=shuffle, streaming=True, shuffle_buffer=13))
         with pytest.raises(UsageError, match="another stream"):
             other.plan(resume=run.checkpoints / "step-00000003")
-
-
-@pytest.mark.parametrize(
-    ("data", "rest", "message"),
-    [
-        ("validation: {fraction: 0.1}", "train: {max_steps: 5}", "read to its end first"),
-        ("packing: false", "train: {max_steps: 5}", "cut into blocks"),
-        ("clean: {duplicates: exact}", "train: {max_steps: 5}", "keep all of it in mind"),
-        ("augment: {copies: 1}", "train: {max_steps: 5}", "does not go with a stream"),
-        ("sequence_len: 64", "train: {num_train_epochs: 1}", "write max_steps"),
-        ("sequence_len: 64", "train: {max_steps: 5}\ntokenizer: {train: {vocab_size: 300}}", "on the whole stream"),
-        ("sequence_len: 64", "train: {max_steps: 5}\ntask: chat", "cut into blocks"),
-    ],
-)
-def test_what_needs_all_data_is_refused(data: str, rest: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "r.yaml"
-    head = "name: a\nmodel: {config: {model_type: llama}}\n"
-    path.write_text(f"{head}{rest}\ndata:\n  train: {{files: '*.txt', streaming: true}}\n  {data}\n")
-    with pytest.raises(UsageError) as caught:
-        load_recipe(path)
-    assert message in str(caught.value)

@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +15,14 @@ from typing import Any
 
 import optuna
 import pytest
+from commands import PoolJob, PoolLauncher
 from rank_pool import RankPool
 
 from llmpipe_cli.cli.jobs import LaunchOptions
 from llmpipe_cli.cli.sweep import Request, run_sweep
-from llmpipe_cli.cluster.devices import Devices
-from llmpipe_cli.cluster.launchers.base import Job, Launcher, LaunchSpec, NodeCommand
+from llmpipe_cli.cluster.launchers.base import Job, Launcher, LaunchSpec
 from llmpipe_cli.cluster.outcome import Outcome
-from llmpipe_cli.errors import NumericsError, RecipeError, UsageError
+from llmpipe_cli.errors import RecipeError, UsageError
 from llmpipe_cli.run import read_metrics
 from llmpipe_cli.sweep.journal import SweepDirectory, Trial
 from llmpipe_cli.sweep.pruning import MedianRule
@@ -168,52 +167,30 @@ class Killed(BaseException):
     """Stands for the end of the process: nothing on the way may handle it."""
 
 
-class PoolJob(Job):
-    def __init__(self, pool: RankPool, spec: LaunchSpec, killed: bool) -> None:
-        self._run, self._killed = spec.run, killed
-        self._codes: list[int] = []
-        self._thread = threading.Thread(target=lambda: self._codes.extend(pool.run(spec.run, spec.num_ranks)))
-        self._thread.start()
+class MortalJob(PoolJob):
+    """Takes the controller with it after the first step."""
 
     def poll(self) -> Outcome | None:
-        if self._killed and any("event" not in line for line in read_metrics(self._run.metrics)):
+        if any("event" not in line for line in read_metrics(self.run.metrics)):
             raise Killed
-        if self._thread.is_alive():
-            return None
-        self._thread.join()
-        code = max(self._codes)
-        return Outcome(code, NumericsError("the loss is nan") if code == 7 else None)
-
-    def request_stop(self) -> None:
-        self._run.request_stop()
-
-    def kill(self) -> None:
-        self._run.request_stop()
-        self._thread.join()
+        return super().poll()
 
 
-class PoolLauncher(Launcher):
+class CountingLauncher(PoolLauncher):
     """Starts jobs on a rank pool; the job of number `kill_at` takes the controller with it."""
 
-    name = "local"
-
     def __init__(self, pool: RankPool, kill_at: int | None) -> None:
-        self._pool, self._kill_at, self.started = pool, kill_at, 0
-
-    def devices(self, requested: int | None) -> Devices:
-        return Devices("cpu", 1, "cpu", 2**30)
-
-    def commands(self, spec: LaunchSpec) -> list[NodeCommand]:
-        return []
+        super().__init__(pool)
+        self._kill_at, self.started = kill_at, 0
 
     def start(self, spec: LaunchSpec) -> Job:
         self.started += 1
-        return PoolJob(self._pool, spec, self.started - 1 == self._kill_at)
+        return MortalJob(self.pool, spec) if self.started - 1 == self._kill_at else super().start(spec)
 
 
 class PoolOptions(LaunchOptions):
     def on(self, pool: RankPool, kill_at: int | None = None) -> PoolOptions:
-        self.__dict__["starter"] = PoolLauncher(pool, kill_at)
+        self.__dict__["starter"] = CountingLauncher(pool, kill_at)
         return self
 
     @cached_property

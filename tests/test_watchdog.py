@@ -22,7 +22,7 @@ model:
   config: {model_type: llama, vocab_size: 100, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
            num_attention_heads: 2}
 data: {train: {synthetic: true}, sequence_len: 16}
-train: {max_steps: 100000, global_batch_size: 8, micro_batch_size: 1, hang_timeout_seconds: 8}
+train: {max_steps: 100000, global_batch_size: 8, micro_batch_size: 1, hang_timeout_seconds: 4}
 parallel: {pipeline: 2, schedule: 1f1b}
 """
 
@@ -49,7 +49,7 @@ def test_a_stopped_process_is_named(tmp_path: Path, stopped: int) -> None:
     assert process.returncode == 4, err
     place = f"rank {stopped} (host {socket.gethostname()}, stage {stopped})"
     assert place in err
-    assert "has been silent for 8 s; it was last seen at step" in err
+    assert "has been silent for 4 s; it was last seen at step" in err
     other = 1 - stopped
     assert f"rank {other} (stage {other}) waits at step" in err
     assert "of micro-batch" in err

@@ -146,9 +146,14 @@ def judge(run: RunDirectory, stages: Sequence[int], agent_code: int | None, vani
             hint=f"see {run.rank_log(vanished[0])}; {_go_on(run)}",
         )
         return Outcome(error.exit_code, error, vanished[0], _tail(run, vanished[0]))
-    ending = f"by signal {_signal_name(-agent_code)}" if agent_code and agent_code < 0 else f"with code {agent_code}"
+    if agent_code is None:
+        ending = "was killed"
+    elif agent_code < 0:
+        ending = f"ended by signal {_signal_name(-agent_code)}"
+    else:
+        ending = f"ended with code {agent_code}"
     node_error = NodeError(
-        f"the agent of this node (torchrun) ended {ending} before its ranks were done",
+        f"the agent of this node (torchrun) {ending} before its ranks were done",
         hint=f"see {run.launcher_log}; {_go_on(run)}",
     )
     return Outcome(node_error.exit_code, node_error, None, last_lines(run.launcher_log))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe_cli.cluster.facts import interface_to
-from llmpipe_cli.cluster.launchers.local import COLLECT_SECONDS
+from llmpipe_cli.cluster.launchers.deadline import Deadline
 from llmpipe_cli.cluster.outcome import Outcome, has_failed, judge, write_status
 from llmpipe_cli.cluster.rank import RUN_VARIABLE
 from llmpipe_cli.cluster.torchrun import Meeting, fixed_environment, start_torchrun, torchrun_argv
@@ -78,12 +78,10 @@ def node(run: RunDirectory) -> int:
         environment.setdefault("NCCL_SOCKET_IFNAME", os.environ.get("NCCL_SOCKET_IFNAME", f"={interface}"))
     argv = torchrun_argv(count, num_nodes=job["nodes"], node_rank=number, meeting=Meeting(**meeting))
     processes = start_torchrun(argv, environment, run.logs / f"launcher-{number:03d}.log")
-    deadline: float | None = None
-    while (code := processes.poll()) is None:
-        if deadline is None and has_failed(run, len(job["stages"])):
-            deadline = time.monotonic() + COLLECT_SECONDS
-        if deadline is not None and time.monotonic() > deadline:
-            break
+    deadline = Deadline(job["grace_seconds"])
+    while (code := processes.poll()) is None and not deadline.is_over:
+        if has_failed(run, len(job["stages"])):
+            deadline.fail()
         time.sleep(0.2)
     processes.kill()
     return 1 if code is None or code else 0

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llmpipe_cli.data.augment import Augmenter
 from llmpipe_cli.data.cache import cached_folder, default_cache_dir, fingerprint
@@ -240,16 +240,22 @@ class _Preparation:
             "tokenizer": tokenizer.fingerprint,
             "shape": [length, section.shuffle_buffer, section.max_documents, section.on_error, stream["clean"]],
         }
+        return self._unwritten("stream", identity, tokenizer.vocab_size).model_copy(update={"stream": stream})
+
+    def _unwritten(
+        self, kind: Literal["stream", "synthetic"], identity: dict[str, Any], vocab_size: int
+    ) -> PreparedSplit:
+        """A split without files: its samples come into being when they are asked for."""
+        length = self.recipe.data.sequence_len
         return PreparedSplit(
-            kind="stream",
+            kind=kind,
             directory="",
             fingerprint=fingerprint(identity),
             task=self.recipe.task,
             sequence_len=length,
-            target_sequence_len=length,
-            vocab_size=tokenizer.vocab_size,
+            target_sequence_len=self.recipe.data.target_sequence_len or length,
+            vocab_size=vocab_size,
             num_samples=0,
-            stream=stream,
         )
 
     def _mixture(self, section: DataSource, tokenizer: TokenizerInfo | None, vocab_size: int) -> PreparedSplit:
@@ -538,18 +544,8 @@ class _Preparation:
         num_samples = section.max_documents or _SYNTHETIC_SAMPLES[name]
         num_labels = _SYNTHETIC_LABELS if self.recipe.task in ("classification", "token-classification") else 0
         identity = {"synthetic": name, "shape": [num_samples, length, target_length, vocab_size, num_labels]}
-        return PreparedSplit(
-            kind="synthetic",
-            directory="",
-            fingerprint=fingerprint(identity),
-            task=self.recipe.task,
-            sequence_len=length,
-            target_sequence_len=target_length,
-            vocab_size=vocab_size,
-            num_samples=num_samples,
-            num_tokens=num_samples * length,
-            num_labels=num_labels,
-        )
+        sizes = {"num_samples": num_samples, "num_tokens": num_samples * length, "num_labels": num_labels}
+        return self._unwritten("synthetic", identity, vocab_size).model_copy(update=sizes)
 
     def _label_names(self, split: PreparedSplit) -> list[str] | None:
         if self.recipe.task not in ("classification", "token-classification"):

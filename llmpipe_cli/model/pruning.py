@@ -7,6 +7,7 @@ removes what is smallest in magnitude, as much in every layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,15 +123,20 @@ def _find_mlps(model: PreTrainedModel) -> list[Mlp]:
     blocks = []
     for name, module in model.named_modules():
         for ins, out in _MLP_NAMES:
-            found = [_layer(module, path) for path in (*ins, out)]
-            layers = [layer for layer in found if layer is not None]
-            if len(layers) < len(found):
+            layers = _layers(module, (*ins, out))
+            if not layers:
                 continue
             width = rows(layers[0]).shape[0]
             if all(rows(layer).shape[0] == width for layer in layers[:-1]) and rows(layers[-1]).shape[1] == width:
                 blocks.append(Mlp(name, tuple(layers[:-1]), layers[-1]))
                 break
     return blocks
+
+
+def _layers(module: nn.Module, paths: Sequence[str]) -> list[nn.Module]:
+    """The module's linear layers of these names; none when one of them is missing."""
+    found = [layer for path in paths if (layer := _layer(module, path)) is not None]
+    return found if len(found) == len(paths) else []
 
 
 def _layer(module: nn.Module, path: str) -> nn.Module | None:
@@ -251,8 +257,7 @@ def _find_attention(model: PreTrainedModel) -> list[Attention]:
     blocks = []
     for name, module in model.named_modules():
         for names in _ATTENTION_NAMES:
-            layers = [layer for layer in (_layer(module, each) for each in names) if layer is not None]
-            if len(layers) == len(names):
+            if layers := _layers(module, names):
                 bias = getattr(module, "relative_attention_bias", None)
                 query, key, value, out = layers
                 table = bias if isinstance(bias, nn.Embedding) else None
@@ -286,21 +291,24 @@ def _sharing_a_bias(blocks: list[Attention]) -> list[list[Attention]]:
 def _group_strengths(block: Attention, num_groups: int) -> Tensor:
     """[groups]: norm of the value's weights times the norm of the output's weights of all heads in the group."""
     with torch.no_grad():
-        values = rows(block.value).float().unflatten(0, (num_groups, -1)).flatten(1).norm(dim=1)
-        return values * rows(block.out).float().T.unflatten(0, (num_groups, -1)).flatten(1).norm(dim=1)
+        values, outs = rows(block.value).float(), rows(block.out).T.float()
+        return values.reshape(num_groups, -1).norm(dim=1) * outs.reshape(num_groups, -1).norm(dim=1)
 
 
 def _keep_groups(block: Attention, chosen: Tensor, num_groups: int) -> None:
     """Keep some groups of heads: heads of one group lie next to each other."""
     for layer, is_out in ((block.query, True), (block.key, True), (block.value, True), (block.out, False)):
-        width = rows(layer).shape[0 if is_out else 1]
-        places = torch.arange(width).view(num_groups, -1)[chosen].flatten()
-        _keep(layer, places, out=is_out)
+        _keep(layer, _places(rows(layer).shape[0 if is_out else 1], chosen, num_groups), out=is_out)
     if block.bias is not None:
         table = block.bias.weight.detach()
-        places = torch.arange(table.shape[1]).view(num_groups, -1)[chosen].flatten()
+        places = _places(table.shape[1], chosen, num_groups)
         block.bias.weight = nn.Parameter(table[:, places].contiguous())
         block.bias.embedding_dim = len(places)
+
+
+def _places(width: int, chosen: Tensor, num_groups: int) -> Tensor:
+    """Positions of the chosen groups' members along a side of this width."""
+    return torch.arange(width).view(num_groups, -1)[chosen].flatten()
 
 
 def _check_shapes(model: PreTrainedModel, what: str) -> None:

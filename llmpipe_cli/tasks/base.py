@@ -63,13 +63,12 @@ class Metrics(ABC):
         self.records: list[Any] = []
 
     @abstractmethod
-    def update(self, batch: EvaluationBatch, logits: torch.Tensor, loss: torch.Tensor | None = None) -> None:
+    def update(self, batch: EvaluationBatch, logits: torch.Tensor) -> None:
         """Adds one micro-batch.
 
         Args:
             batch: the micro-batch, on any device.
             logits: the model's logits, [micro_batch, length, vocabulary] or [micro_batch, classes].
-            loss: the model's own mean loss; not needed, since it says nothing about ignored rows.
         """
 
 
@@ -230,7 +229,7 @@ class LossMetrics(Metrics):
     def __init__(self) -> None:
         super().__init__(2)
 
-    def update(self, batch: EvaluationBatch, logits: torch.Tensor, loss: torch.Tensor | None = None) -> None:
+    def update(self, batch: EvaluationBatch, logits: torch.Tensor) -> None:
         total, count = negative_log_likelihood(logits, batch.targets)
         self.vector += torch.tensor([total, count], dtype=torch.float64)
 

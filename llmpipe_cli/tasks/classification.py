@@ -116,7 +116,7 @@ class LabelSetMetrics(Metrics):
         super().__init__(3 + 3 * num_labels)
         self.threshold = threshold
 
-    def update(self, batch: EvaluationBatch, logits: torch.Tensor, loss: torch.Tensor | None = None) -> None:
+    def update(self, batch: EvaluationBatch, logits: torch.Tensor) -> None:
         targets, logits = batch.targets.cpu(), logits.detach().float().cpu()
         scored = (targets != IGNORED).all(dim=-1)
         targets, logits = targets[scored], logits[scored]
@@ -146,7 +146,7 @@ class ConfusionMetrics(Metrics):
         super().__init__(2 + num_labels * num_labels)
         self.num_labels = num_labels
 
-    def update(self, batch: EvaluationBatch, logits: torch.Tensor, loss: torch.Tensor | None = None) -> None:
+    def update(self, batch: EvaluationBatch, logits: torch.Tensor) -> None:
         total, count = negative_log_likelihood(logits, batch.targets)
         self.vector[:2] += torch.tensor([total, count], dtype=torch.float64)
         targets = batch.targets.to("cpu")

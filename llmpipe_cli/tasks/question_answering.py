@@ -122,7 +122,7 @@ class _Candidates(Metrics):
         super().__init__(2)
         self.answers = answers
 
-    def update(self, batch: EvaluationBatch, logits: torch.Tensor, loss: torch.Tensor | None = None) -> None:
+    def update(self, batch: EvaluationBatch, logits: torch.Tensor) -> None:
         scores = logits.detach().float().cpu()
         scored = (batch.targets != IGNORED).all(dim=-1).cpu()
         targets = batch.targets.cpu().clamp(min=0)

@@ -93,7 +93,7 @@ class _EntityMetrics(Metrics):
         self.tags = tags
         self.type_index = {kind: index for index, kind in enumerate(types)}
 
-    def update(self, batch: EvaluationBatch, logits: torch.Tensor, loss: torch.Tensor | None = None) -> None:
+    def update(self, batch: EvaluationBatch, logits: torch.Tensor) -> None:
         total, count = negative_log_likelihood(logits, batch.targets)
         targets, predictions = batch.targets.cpu(), logits.detach().float().argmax(dim=-1).cpu()
         scored = targets != IGNORED

@@ -9,18 +9,15 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import time
 
 from llmpipe_cli.cluster.devices import Devices, has_driver, local_devices, num_cores
 from llmpipe_cli.cluster.launchers.base import Job, Launcher, LaunchSpec, NodeCommand, launch_script
+from llmpipe_cli.cluster.launchers.deadline import Deadline
 from llmpipe_cli.cluster.outcome import Outcome, has_failed, judge, vanished_guardians
 from llmpipe_cli.cluster.torchrun import RankProcesses, fixed_environment, start_torchrun, torchrun_argv
 from llmpipe_cli.cluster.warm import WarmStart
-from llmpipe_cli.errors import EXIT_INTERRUPTED, NodeError, RankError
+from llmpipe_cli.errors import EXIT_INTERRUPTED, NodeError
 from llmpipe_cli.run import write_text
-
-# After a first failure the others get this long to fail too, so that the real cause is known before all are killed.
-COLLECT_SECONDS = 3.0
 
 
 class LocalLauncher(Launcher):
@@ -73,8 +70,7 @@ class LocalJob(Job):
     def __init__(self, spec: LaunchSpec, processes: RankProcesses) -> None:
         self._spec, self._processes = spec, processes
         self._outcome: Outcome | None = None
-        self._deadline: float | None = None
-        self._deadline_reason = ""
+        self._deadline = Deadline(spec.grace_seconds)
         self._kill_requested = False
         self._vanished: list[int] = []
 
@@ -84,7 +80,7 @@ class LocalJob(Job):
 
     def poll(self) -> Outcome | None:
         if self._outcome is None:
-            if self._processes.poll() is None and not self._time_is_up():
+            if self._processes.poll() is None and not self._deadline.is_over:
                 self._watch()
                 return None
             self._outcome = self._finish()
@@ -92,8 +88,7 @@ class LocalJob(Job):
 
     def request_stop(self) -> None:
         self._spec.run.request_stop()
-        if self._deadline is None:
-            self._set_deadline(self._spec.grace_seconds, "stop")
+        self._deadline.stop()
 
     def kill(self) -> None:
         self._kill_requested = True
@@ -101,18 +96,11 @@ class LocalJob(Job):
 
     def _watch(self) -> None:
         """Start the clock when a rank has failed, so that the others cannot hold up the end."""
-        if self._deadline_reason == "failure":
+        if self._deadline.failed:
             return
         self._vanished = vanished_guardians(self._spec.run, range(self._spec.num_ranks))
         if self._vanished or has_failed(self._spec.run, self._spec.num_ranks):
-            self._set_deadline(COLLECT_SECONDS, "failure")
-
-    def _set_deadline(self, seconds: float, reason: str) -> None:
-        self._deadline = time.monotonic() + seconds
-        self._deadline_reason = reason
-
-    def _time_is_up(self) -> bool:
-        return self._deadline is not None and time.monotonic() >= self._deadline
+            self._deadline.fail()
 
     def _finish(self) -> Outcome:
         agent_code = self._processes.poll()
@@ -120,12 +108,8 @@ class LocalJob(Job):
         if self._kill_requested:
             return Outcome(EXIT_INTERRUPTED)
         outcome = judge(self._spec.run, self._spec.stages, agent_code, self._vanished)
-        if agent_code is None and self._deadline_reason == "stop" and outcome.rank is None:
-            error = RankError(
-                f"the ranks did not save and end within {self._spec.grace_seconds:g} s and were killed",
-                hint="an earlier checkpoint is whole; --grace-seconds gives them more time",
-            )
-            return Outcome(error.exit_code, error)
+        if agent_code is None and outcome.rank is None:
+            return self._deadline.unsaved() or outcome
         return outcome
 
 

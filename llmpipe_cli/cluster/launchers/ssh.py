@@ -23,13 +23,13 @@ from llmpipe_cli.cluster.connection import NodeConnection, SshOptions, close_all
 from llmpipe_cli.cluster.devices import Devices, local_devices
 from llmpipe_cli.cluster.hostfile import Host, refuse_aliases
 from llmpipe_cli.cluster.launchers.base import Job, Launcher, LaunchSpec, NodeCommand, launch_script
-from llmpipe_cli.cluster.launchers.local import COLLECT_SECONDS
+from llmpipe_cli.cluster.launchers.deadline import Deadline
 from llmpipe_cli.cluster.launchers.placement import ON_THE_NODE, node_environment, ranks_by_host
 from llmpipe_cli.cluster.mirror import Inbox
 from llmpipe_cli.cluster.outcome import Outcome, has_failed, judge
 from llmpipe_cli.cluster.shipping import digest, folder_messages
 from llmpipe_cli.cluster.torchrun import Meeting, torchrun_argv
-from llmpipe_cli.errors import EXIT_INTERRUPTED, LlmpipeError, NodeError, PreflightError, RankError, UsageError
+from llmpipe_cli.errors import EXIT_INTERRUPTED, LlmpipeError, NodeError, PreflightError, UsageError
 from llmpipe_cli.run import write_text
 
 # Nodes get this long to confirm that their ranks are dead; killing takes its time when a rank holds much memory.
@@ -102,8 +102,9 @@ class SshLauncher(Launcher):
         )
         skews = [preflight.clock_offset(facts, sent, facts["heard"]) if facts else 0.0 for facts in self._facts]
         report = preflight.judge_facts(self._hosts, self._facts, skews)
-        report.problems[:0] = unreachable
         report.problems.sort(key=lambda problem: problem.exit_code)  # the hostfile's own mistakes first
+        # Before all: when a node is missing, how many others have been compared by then is chance.
+        report.problems[:0] = unreachable
         for warning in report.warnings:
             self._say(f"warning: {warning}")
         if report.problems:
@@ -200,8 +201,7 @@ class SshJob(Job):
         self._nodes = [_Node(node, ranks) for node, (_, ranks) in zip(nodes, hosts, strict=True)]
         self._inbox = Inbox(spec.run)
         self._outcome: Outcome | None = None
-        self._deadline: float | None = None
-        self._deadline_reason = ""
+        self._deadline = Deadline(spec.grace_seconds)
         self._kill_requested = self._killing = False
         self._problem: LlmpipeError | None = None
         self._vanished: list[int] = []
@@ -236,7 +236,7 @@ class SshJob(Job):
         if self._outcome is None:
             self._take_messages()
             self._watch()
-            if self._time_is_up() and not self._killing:
+            if self._deadline.is_over and not self._killing:
                 self._tell_to_kill()
             if all(node.ended or node.lost is not None for node in self._nodes):
                 self._outcome = self._finish()
@@ -245,8 +245,7 @@ class SshJob(Job):
     def request_stop(self) -> None:
         self._spec.run.request_stop()
         self._tell({"op": "stop"})
-        if self._deadline is None:
-            self._set_deadline(self._spec.grace_seconds, "stop")
+        self._deadline.stop()
 
     def kill(self) -> None:
         self._kill_requested = True
@@ -292,18 +291,11 @@ class SshJob(Job):
 
     def _watch(self) -> None:
         """Start the clock when something has failed, so that the rest cannot hold up the end."""
-        if self._deadline_reason == "failure" or self._killing:
+        if self._deadline.failed or self._killing:
             return
         failed = self._vanished or any(node.lost is not None or node.code for node in self._nodes)
         if failed or has_failed(self._spec.run, self._spec.num_ranks):
-            self._set_deadline(COLLECT_SECONDS, "failure")
-
-    def _set_deadline(self, seconds: float, reason: str) -> None:
-        self._deadline = time.monotonic() + seconds
-        self._deadline_reason = reason
-
-    def _time_is_up(self) -> bool:
-        return self._deadline is not None and time.monotonic() >= self._deadline
+            self._deadline.fail()
 
     def _tell(self, message: dict[str, Any]) -> None:
         for node in self._nodes:
@@ -329,12 +321,8 @@ class SshJob(Job):
         followed = outcome.error is None or outcome.followed or isinstance(outcome.error, NodeError)
         if lost is not None and followed and outcome.exit_code not in (0, 75):
             return self._lost_node(lost)
-        if self._deadline_reason == "stop" and self._killing and outcome.rank is None:
-            error = RankError(
-                f"the ranks did not save and end within {self._spec.grace_seconds:g} s and were killed",
-                hint="an earlier checkpoint is whole; --grace-seconds gives them more time",
-            )
-            return Outcome(error.exit_code, error)
+        if self._killing and outcome.rank is None:
+            return self._deadline.unsaved() or outcome
         return outcome
 
     def _lost_node(self, node: _Node) -> Outcome:

@@ -5,11 +5,10 @@ The controller has no process to hold on to: it reads the records that the ranks
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from llmpipe_cli.cluster.launchers.base import Job, LaunchSpec
-from llmpipe_cli.cluster.launchers.local import COLLECT_SECONDS
+from llmpipe_cli.cluster.launchers.deadline import Deadline
 from llmpipe_cli.cluster.outcome import Outcome, ended_ranks, has_failed, judge
 from llmpipe_cli.errors import EXIT_INTERRUPTED, NodeError
 
@@ -24,23 +23,22 @@ class WatchedJob(Job):
 
     def __init__(self, spec: LaunchSpec, remove: Callable[[], None] | None = None) -> None:
         self._spec, self._remove = spec, remove
-        self._deadline: float | None = None
+        self._deadline = Deadline(spec.grace_seconds)
         self._killed = False
         self._outcome: Outcome | None = None
 
     def poll(self) -> Outcome | None:
         if self._outcome is None:
             run, count = self._spec.run, self._spec.num_ranks
-            if self._deadline is None and has_failed(run, count):
-                self._deadline = time.monotonic() + COLLECT_SECONDS
-            late = self._deadline is not None and time.monotonic() > self._deadline
-            if self._killed or late or len(ended_ranks(run, count)) == count:
+            if has_failed(run, count):
+                self._deadline.fail()
+            if self._killed or self._deadline.is_over or len(ended_ranks(run, count)) == count:
                 self._outcome = self._finish()
         return self._outcome
 
     def request_stop(self) -> None:
         self._spec.run.request_stop()
-        self._deadline = self._deadline or time.monotonic() + self._spec.grace_seconds
+        self._deadline.stop()
 
     def kill(self) -> None:
         self._killed = True
