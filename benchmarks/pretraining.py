@@ -22,6 +22,7 @@ from commands import llmpipe, read_rows, write_recipe
 
 _BITS = 9  # of a symbol: a byte, or the start of a text
 _START = 256
+_BATCH = 8
 Symbols = np.ndarray
 """int64 [positions, order]: each byte of the texts, last, behind the symbols before it."""
 
@@ -48,7 +49,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("train", type=lambda name: Path(name).resolve(), help="JSON Lines with `text`")
     parser.add_argument("validation", type=lambda name: Path(name).resolve(), help="the same, never trained on")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of 4 samples of 128 tokens")
+    parser.add_argument("--steps", type=int, default=3000, help=f"optimizer steps of {_BATCH} samples of 128 tokens")
     parser.add_argument("--order", type=int, default=5, help="of the n-gram, in bytes")
     parser.add_argument(
         "--folder", type=lambda name: Path(name).resolve(), help="keep recipe and runs here, and go on with them"
@@ -80,9 +81,9 @@ def _recipe(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "train": {
             "max_steps": arguments.steps,
-            "global_batch_size": 4,
+            "global_batch_size": _BATCH,
             "micro_batch_size": 2,
-            "learning_rate": 2e-3,
+            "learning_rate": 3e-3,
             "adam_beta2": 0.98,
             "weight_decay": 0.1,
             "lr_scheduler_type": "cosine",

@@ -1,6 +1,6 @@
 """A small Marian from scratch: `llmpipe` at two stages beside a plain transformers loop on the same batches.
 
-    python benchmarks/translation.py TRAIN.jsonl TEST.jsonl [--source en --target de --steps 1500]
+    python benchmarks/translation.py TRAIN.jsonl TEST.jsonl [--source en --target de --steps 2000]
 
 Both files hold a pair of texts a line. `llmpipe` trains the tokenizer, transformers draws the weights, and both sides
 start from these, draw the same pairs in the same order, without dropout, with smoothed labels. The plain side
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,17 +30,18 @@ from transformers.trainer_pt_utils import LabelSmoother
 from llmpipe_cli.data.order import SampleOrder
 
 _SOURCE_LENGTH, _TARGET_LENGTH = 40, 48  # tokens
-_BATCH = 32
-_LEARNING_RATE = 2e-3
-_WARMUP_STEPS = 100
+_BATCH = 16
+_AT_ONCE = 64  # texts generated together
+_LEARNING_RATE = 1.5e-3
 _SMOOTHING = 0.1
 _SEED = 1
-_SIZES = {
+_LAST = 100  # steps whose mean loss is told
+_SIZES: dict[str, Any] = {
     "d_model": 128,
     "encoder_layers": 2,
     "decoder_layers": 2,
-    "encoder_ffn_dim": 512,
-    "decoder_ffn_dim": 512,
+    "encoder_ffn_dim": 256,
+    "decoder_ffn_dim": 256,
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
     "max_position_embeddings": 128,
@@ -70,7 +72,11 @@ def main() -> int:
             "plain loop": _bleu(_generate(_plain(start, train, arguments.steps, folder / "plain"), test), test),
             "copy of the source": _bleu([source for source, _ in test], test),
         }
-    print(json.dumps({"bleu": figures, "chrf": metrics["chrf"], "steps": trained["step"]}))
+        losses = {"llmpipe": _losses(folder), "plain loop": json.loads((folder / "plain" / "losses.json").read_text())}
+    apart = [abs(ours / plain - 1) for ours, plain in zip(*losses.values(), strict=True)]
+    ends = {side: statistics.mean(values[-_LAST:]) for side, values in losses.items()}
+    drift = {f"losses_apart_to_step_{steps}": max(apart[:steps]) for steps in (10, 100) if steps <= len(apart)}
+    print(json.dumps({"bleu": figures, "chrf": metrics["chrf"], "steps": len(apart), "last_losses": ends, **drift}))
     same = [figures["sacrebleu's command line"], figures["transformers, llmpipe's checkpoint"]]
     equal = all(abs(figures["llmpipe evaluate"] - other) < 1e-6 for other in same)
     near = abs(figures["llmpipe evaluate"] - figures["plain loop"]) <= 1
@@ -86,7 +92,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("test", type=path, help="the same, never trained on")
     parser.add_argument("--source", default="en", help="field to translate from")
     parser.add_argument("--target", default="de", help="field to translate to")
-    parser.add_argument("--steps", type=int, default=1500, help=f"optimizer steps of {_BATCH} pairs")
+    parser.add_argument("--steps", type=int, default=2000, help=f"optimizer steps of {_BATCH} pairs")
     parser.add_argument("--folder", type=path, help="keep recipes, runs and models here, and go on with them")
     return parser.parse_args()
 
@@ -109,14 +115,18 @@ def _recipe(arguments: argparse.Namespace, model: dict[str, Any]) -> dict[str, A
             "micro_batch_size": 8,
             "learning_rate": _LEARNING_RATE,
             "lr_scheduler_type": "linear",
-            "warmup_steps": _WARMUP_STEPS,
+            "warmup_steps": _warmup_steps(arguments.steps),
             "max_grad_norm": 1.0,
             "label_smoothing": _SMOOTHING,
             "seed": _SEED,
         },
         "parallel": {"pipeline": 2},
-        "checkpoint": {"every_steps": 200, "keep": 1},
+        "checkpoint": {"every_steps": 250, "keep": 1},
     }
+
+
+def _warmup_steps(steps: int) -> int:
+    return min(200, steps // 10)
 
 
 def _start(arguments: argparse.Namespace, folder: Path) -> Path:
@@ -125,7 +135,7 @@ def _start(arguments: argparse.Namespace, folder: Path) -> Path:
     if (start / "config.json").exists():
         return start
     recipe = _recipe(arguments, {"config": {"model_type": "marian", **_SIZES}})
-    recipe = {**recipe, "name": "tokenizer", "tokenizer": {"train": {"vocab_size": 2000}}}
+    recipe = {**recipe, "name": "tokenizer", "tokenizer": {"train": {"vocab_size": 3000}}}
     prepared = llmpipe("data", "prepare", write_recipe(folder, recipe), folder=folder)
     tokenizer = AutoTokenizer.from_pretrained(prepared["tokenizer_dir"])
     tokenizer.save_pretrained(start)
@@ -146,7 +156,7 @@ def _plain(start: Path, train: Pairs, steps: int, folder: Path) -> Path:
     model = AutoModelForSeq2SeqLM.from_pretrained(start).train()
     smoothed = LabelSmoother(_SMOOTHING)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.0)
-    scheduler = get_scheduler("linear", optimizer, _WARMUP_STEPS, steps)
+    scheduler = get_scheduler("linear", optimizer, _warmup_steps(steps), steps)
     order = SampleOrder(len(train), _SEED)
     losses = []
     for step in range(steps):
@@ -167,6 +177,14 @@ def _plain(start: Path, train: Pairs, steps: int, folder: Path) -> Path:
     return folder
 
 
+def _losses(folder: Path) -> list[float]:
+    """The loss of each step of `llmpipe train`, over the runs that went on with one another."""
+    losses = {}
+    for path in sorted(folder.glob("runs/translation-2*/metrics.jsonl"), key=lambda path: path.stat().st_mtime):
+        losses.update({row["step"]: row["loss"] for row in read_rows(path) if "event" not in row and "loss" in row})
+    return [losses[step] for step in sorted(losses)]
+
+
 def _encode(tokenizer: Any, texts: list[str], length: int) -> dict[str, torch.Tensor]:
     encoded = tokenizer(texts, truncation=True, max_length=length, padding=True, return_tensors="pt")
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
@@ -177,8 +195,8 @@ def _generate(folder: Path, test: Pairs) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
     texts = []
-    for first in range(0, len(test), _BATCH):
-        inputs = _encode(tokenizer, [source for source, _ in test[first : first + _BATCH]], _SOURCE_LENGTH)
+    for first in range(0, len(test), _AT_ONCE):
+        inputs = _encode(tokenizer, [source for source, _ in test[first : first + _AT_ONCE]], _SOURCE_LENGTH)
         greedy = {"do_sample": False, "num_beams": 1, "forced_eos_token_id": None}
         tokens = model.generate(**inputs, max_new_tokens=_TARGET_LENGTH, **greedy)
         texts += tokenizer.batch_decode(tokens, skip_special_tokens=True)
