@@ -6,14 +6,17 @@ import random
 
 import pytest
 
+from llmpipe_cli.plan.cluster import described
 from llmpipe_cli.plan.devices import DEVICES
-from llmpipe_cli.plan.rates import Observation, fit_rates
+from llmpipe_cli.plan.rates import Observation, Rates, fit_rates
+from llmpipe_cli.plan.search import Job, Pins, search
+from llmpipe_cli.plan.transformer import transformer_profile
 
 
 def _observed(parts: tuple[float, float, float], others: float, noise: float) -> Observation:
-    """What a machine would show whose factors are 0.7, 2 and 1.5, with contention of 0.3."""
-    alone = 0.7 * parts[0] + 2.0 * parts[1] + 1.5 * parts[2]
-    return Observation(parts, alone * (1 + 0.3 * others) * (1 + noise), others)
+    """What a machine would show whose factors are 0.7, 2 and 1.5, with contention of 0.6 for memory."""
+    seconds = 0.7 * parts[0] + 2.0 * parts[1] * (1 + 0.6 * others) + 1.5 * parts[2]
+    return Observation(parts, seconds * (1 + noise), others)
 
 
 def test_factors_and_contention_are_found() -> None:
@@ -26,13 +29,12 @@ def test_factors_and_contention_are_found() -> None:
     rates = fit_rates(passes, [Observation((0.2,), 0.3), Observation((0.1,), 0.24, 1.0)])
     assert rates.arithmetic == pytest.approx(0.7, rel=0.15)
     assert rates.memory == pytest.approx(2.0, rel=0.15)
-    assert rates.contention == pytest.approx(0.3, abs=0.05)
+    assert rates.contention == pytest.approx(0.6, abs=0.05)
     for parts in ((5.0, 0.5, 0.2), (0.5, 2.0, 1.0)):  # what was not observed is predicted too
         predicted = rates.arithmetic * parts[0] + rates.memory * parts[1] + rates.launches * parts[2]
         assert predicted == pytest.approx(_observed(parts, 0.0, 0.0).seconds, rel=0.05)
     assert rates.optimizer == pytest.approx(1.5, rel=0.02)
     assert rates.optimizer_contention == pytest.approx(0.6, abs=0.02)
-    assert rates.slowdown(2, 0.25) == pytest.approx(1 + 0.75 * rates.contention)
 
 
 def test_one_run_moves_all_rates_alike() -> None:
@@ -43,3 +45,21 @@ def test_one_run_moves_all_rates_alike() -> None:
     assert device.fp32 == pytest.approx(table.fp32 / 2)
     assert device.launch_seconds == pytest.approx(table.launch_seconds * 2)
     assert device.memory_bandwidth * device.streaming == pytest.approx(table.memory_bandwidth * table.streaming)
+
+
+def test_ranks_beside_each_other_share_memory_alone() -> None:
+    profile = transformer_profile(
+        num_layers=4, hidden=512, heads=8, vocab_size=2048, sequence_len=128, fused_attention=True, dtype="fp32"
+    )
+    cluster = described({"nodes": 1, "devices_per_node": 2, "device": "cpu"}, "test")
+
+    def seconds(rates: Rates, data: int) -> float:
+        pins = Pins(pipeline=1, tensor=1, data=data, micro_batch_size=2, zero_stage=0, checkpointing="none")
+        best = search(Job(profile, cluster, 8, 128, pins=pins, rates=rates), keep=1).best[0]
+        assert best.seconds is not None
+        return best.seconds
+
+    crowded = Rates(contention=0.5)
+    assert seconds(crowded, data=2) == pytest.approx(seconds(Rates(memory=1.5), data=2))  # the bytes of passes
+    assert seconds(crowded, data=2) > 1.02 * seconds(Rates(), data=2)
+    assert seconds(crowded, data=1) == seconds(Rates(), data=1)

@@ -38,7 +38,8 @@ FUSED_ATTENTION_FRACTION = {"v100": 0.35, "a100": 0.55, "h100": 0.42, "h200": 0.
 DEFAULT_FUSED_ATTENTION_FRACTION = 0.4
 """Share of the peak that fused attention reaches (Dao 2023, FlashAttention-2, figures 4 to 7)."""
 CPU_WEIGHT_COPIES = 4.0
-"""On a processor, times that a product moves its weight matrix: read and packed, read again, results paged in."""
+"""On a processor, times that a product with a weight moves it: read and packed, read again, results paged in. The
+product that gives the weight's gradient does not read the weight; what it writes is counted with the accumulation."""
 CPU_BACKWARD_TRAFFIC = 1.0
 """`BACKWARD_TRAFFIC` of a processor, whose caches still hold what the operation before wrote."""
 CPU_BACKWARD_LAUNCHES = 0.25
@@ -174,7 +175,7 @@ def segment_work(segment: SegmentProfile, conditions: Conditions) -> tuple[Work,
     return (
         Work(forward + core, streamed + fetched, launches),
         Work(inputs + core_backward, backward * streamed + fetched, called_back),
-        Work(weights * share, accumulated + fetched * share, 0.0),
+        Work(weights * share, accumulated, 0.0),
     )
 
 

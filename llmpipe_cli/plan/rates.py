@@ -3,8 +3,9 @@
 A pass on a processor is the sum of three kinds of work, which the table predicts apart (`cost.Work`): arithmetic of
 products and attention, bytes that kernels move, and calls of kernels. Runs of different widths and micro-batches
 tell them apart; one run tells only their sum, so each factor is held to the common one unless the observations say
-otherwise (ridge regression on relative errors). Ranks at work beside each other slow each other down,
-sharing caches and memory: by `contention` for each that works at the same time. numpy; no torch.
+otherwise (ridge regression on relative errors). Ranks at work beside each other share the machine's memory, not its
+cores: bytes take longer by `contention` for each other rank that works at the same time, arithmetic and calls do not.
+Shared evenly, memory is no slower than by the number of those that share it: `contention` is at most 1. No torch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 HOLD = 0.1
 """Weight of the common factor in the fit, in observations."""
 _LEAST = 0.2  # no factor is smaller than this share of the common one
-_CONTENTIONS = [step / 50 for step in range(76)]
+_CONTENTIONS = [step / 50 for step in range(51)]
 _APART = 0.3  # runs whose numbers of ranks at work differ by less say nothing about contention
 
 
@@ -30,7 +31,7 @@ class Rates:
         memory: bytes that the kernels of passes move.
         launches: calls of kernels.
         optimizer: the optimizer's step.
-        contention: further share of time for each other rank of the node that works at the same time.
+        contention: further share of the time of `memory` for each other rank of the node that works at the same time.
         optimizer_contention: the same of the optimizer's step, which all ranks do together.
     """
 
@@ -40,10 +41,6 @@ class Rates:
     optimizer: float = 1.0
     contention: float = 0.0
     optimizer_contention: float = 0.0
-
-    def slowdown(self, ranks: float, bubble: float) -> float:
-        """Factor on passes while `ranks` ranks of a node are each idle for a share `bubble` of the time."""
-        return 1.0 + self.contention * (ranks - 1) * (1.0 - bubble)
 
 
 TABLE_RATES = Rates()
@@ -72,32 +69,33 @@ def fit_rates(passes: Sequence[Observation], optimizer: Sequence[Observation] = 
         passes: of passes; parts are arithmetic, memory, launches.
         optimizer: of the optimizer's step; one part.
     """
-    (arithmetic, memory, launches), contention = fit_factors(passes)
-    (once,), together = fit_factors(optimizer) if optimizer else ((1.0,), 0.0)
+    (arithmetic, memory, launches), contention = fit_factors(passes, shared=1)
+    (once,), together = fit_factors(optimizer, shared=0) if optimizer else ((1.0,), 0.0)
     return Rates(arithmetic, memory, launches, once, contention, together)
 
 
-def fit_factors(observations: Sequence[Observation]) -> tuple[tuple[float, ...], float]:
-    """A factor for each part, and the contention, with the least squared relative error."""
+def fit_factors(observations: Sequence[Observation], shared: int) -> tuple[tuple[float, ...], float]:
+    """A factor for each part, and the contention of part `shared`, with the least squared relative error."""
     others = [one.others for one in observations]
     apart = max(others) - min(others) >= _APART
-    tried = (_factors(observations, contention) for contention in (_CONTENTIONS if apart else [0.0]))
+    tried = (_factors(observations, shared, contention) for contention in (_CONTENTIONS if apart else [0.0]))
     _, factors, contention = min(tried)
     return factors, contention
 
 
-def _factors(observations: Sequence[Observation], contention: float) -> tuple[float, tuple[float, ...], float]:
-    """(sum of squared errors, factors, contention) for a given contention."""
+def _factors(
+    observations: Sequence[Observation], shared: int, contention: float
+) -> tuple[float, tuple[float, ...], float]:
+    """(sum of squared errors, factors, contention) for a given contention of part `shared`."""
     import numpy
 
-    alone = [one.seconds / (1 + contention * one.others) for one in observations]
-    shares = numpy.array(
-        [[part / own for part in one.parts] for one, own in zip(observations, alone, strict=True)]
-    )  # of the measured time: the factors are to bring the sum of each row to 1
+    # of the measured time: the factors are to bring the sum of each row to 1
+    shares = numpy.array([[part / one.seconds for part in one.parts] for one in observations])
+    shares[:, shared] *= [1 + contention * one.others for one in observations]
     common = 1 / statistics.geometric_mean(shares.sum(1).tolist())
     weights = math.sqrt(HOLD) * numpy.maximum(shares.mean(0), 1e-3)
     rows = numpy.vstack([shares, numpy.diag(weights)])
-    wanted = numpy.concatenate([numpy.ones(len(alone)), weights * common])
+    wanted = numpy.concatenate([numpy.ones(len(observations)), weights * common])
     solved, *_ = numpy.linalg.lstsq(rows, wanted, rcond=None)
     factors = numpy.maximum(solved, _LEAST * common)
     error = float((((shares * factors).sum(1) - 1) ** 2).sum())

@@ -316,6 +316,7 @@ class _Workshop:
         self.job = job
         kinds = {node.device: node.device.at(job.rates) for node in job.cluster.nodes}
         self._devices = [kinds[device] for _, device in job.cluster.device_list()]
+        self._crowded: dict[int, Device] = {}
         # keys name a device by its identity: the few that there are live as long as this object
         self._segment_costs: dict[tuple[Any, ...], list[StageCosts]] = {}
         self._ratios: dict[tuple[Any, ...], tuple[float, ...]] = {}
@@ -362,10 +363,23 @@ class _Workshop:
                 blocking=self.job.engine.blocking_transfers,
             )
         timed = self._times[key]
-        beside = min(choice.num_devices, self.job.cluster.devices_per_node)
-        slowdown = self.job.rates.slowdown(beside, timed.bubble_fraction)
+        slowdown = 1 + self._crowding(choice) * (1 - timed.bubble_fraction)
         candidate.seconds = slowdown * timed.seconds + candidate.end.total
         candidate.bubble = timed.bubble_fraction
+
+    def _crowding(self, choice: Choice) -> float:
+        """Further share of time that passes take while all ranks of a node work at once and share its memory."""
+        beside = min(choice.num_devices, self.job.cluster.devices_per_node) - 1
+        if not beside or not self.job.rates.contention:
+            return 0.0
+        alone = self._devices[0]
+        if beside not in self._crowded:
+            shared = alone.memory_bandwidth / (1 + self.job.rates.contention * beside)
+            self._crowded[beside] = replace(alone, memory_bandwidth=shared)
+        together, apart = (
+            sum(cost.total for cost in self._costs(choice, device)) for device in (self._crowded[beside], alone)
+        )
+        return together / apart - 1
 
     def _stage_devices(self, choice: Choice) -> list[Device]:
         """The slowest device of each stage."""
