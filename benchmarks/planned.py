@@ -170,6 +170,7 @@ def main() -> None:
         name: [one for one in runs if one["others"] <= DISTURBED] or runs[:1] for name, runs in measured.items()
     }
     calibration = read_calibration([Path(one["run"]) for name in CALIBRATED_ON for one in measured[name]])
+    assert calibration is not None
     print(calibration.rates(), "link:", calibration.intra_node_gbps, "Gbit/s")
     took, predicted = {}, {}
     for name, runs in measured.items():
