@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
 
+from llmpipe_cli import hub
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.model.auto import example_inputs, load_config, model_class, resolve_weights
 from llmpipe_cli.recipe.schema import ModelSection
@@ -39,6 +41,30 @@ def test_mistakes_in_a_config(config: dict[str, Any], message: str, hint: str | 
         load_config(section(config=config), "causal-lm")
     assert message in caught.value.message
     assert hint is None or hint in (caught.value.hint or "")
+
+
+def test_without_a_network_only_downloaded_files_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def unknown(*question: object, **_: object) -> None:
+        asked.append(question)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    monkeypatch.setattr("llmpipe_cli.hub.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    hub._is_reachable.cache_clear()
+    try:
+        for _ in range(2):
+            with pytest.raises(UsageError, match=r"the config of nobody/nothing cannot be read") as caught:
+                load_config(section(**{"from": "nobody/nothing"}), "causal-lm")
+            assert "the hub cannot be reached from here" in (caught.value.hint or "")
+        with pytest.raises(UsageError, match=r"nobody/nothing cannot be downloaded"):
+            resolve_weights(section(**{"from": "nobody/nothing"}))
+    finally:
+        hub._is_reachable.cache_clear()
+    assert len(asked) == 1, "not once more for each file and attempt"
 
 
 def test_config_fields_under_their_common_names() -> None:

@@ -76,6 +76,7 @@ BROKEN: list[tuple[str, str, str, str, str]] = [
     ("learning rate at the top", HEAD + "lr: 1e-4", "3:1", "no field `lr`", "write `learning_rate` under train:"),
     ("save_steps", HEAD + "train: {save_steps: 5}", "3:9", "no field `save_steps`", "`every_steps` under checkpoint:"),
     ("save_total_limit", HEAD + "save_total_limit: 2", "3:1", "no field", "write `keep` under checkpoint:"),
+    ("foreign code", "name: x\nmodel: {from: gpt2, trust_remote_code: true}", "2:21", "no field", "is never run"),
     ("eval_steps", HEAD + "train:\n  eval_steps: 5", "4:3", "no field", "write `every_steps` under evaluation:"),
     (
         "batch_size",

@@ -61,7 +61,11 @@ def test_preempted_job_goes_on_at_the_same_step(folder: Path, slurm: dict[str, s
     run = wait_for(lambda: next(iter(list_runs(folder / "runs")), None))
     job = wait_for(lambda: (read_json(run.control / "slurm-job.json") or {}).get("job_id"))
     wait_for(lambda: len(steps(run)) >= 3, train)
+    held = read_json(run.rank_record(0))["worker_pid"]
+    os.kill(held, signal.SIGSTOP)  # the few steps that are left must not be done before the request comes
     subprocess.run(["scancel", "--signal=USR1", job], env=variables, check=True)
+    wait_for(run.stop_file.exists, train)
+    os.kill(held, signal.SIGCONT)
     # Slurm lets a requeued job rest for two minutes, which its owner may cut short.
     wait_for(lambda: "BeginTime" in scontrol(variables, "show", "job", job), train)
     scontrol(variables, "update", f"JobId={job}", "StartTime=now")

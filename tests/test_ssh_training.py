@@ -119,7 +119,7 @@ def test_detached_run_is_cancelled_from_another_terminal_and_resumed(nodes: Node
     config = f"ssh-config={nodes.ssh_config}"
     run = train(
         folder, "tiny.yaml", "--hostfile", str(hosts), "--launcher-option", config, "--detach",
-        "--set", "train.max_steps=100000", "--set", "checkpoint.every_steps=100000",
+        "--set", "train.max_steps=4000", "--set", "checkpoint.every_steps=4000",
     )  # fmt: skip
     wait_for(lambda: len(losses(run)) >= 2)
     assert runs(folder, "ls", "--json")["runs"][-1]["state"] == "running"

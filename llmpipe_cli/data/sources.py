@@ -31,6 +31,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
+from llmpipe_cli import hub
 from llmpipe_cli.data.discover import find_files, find_folder_or_id
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.recipe.schema import DataSource
@@ -263,6 +264,7 @@ class HubSource(Source):
         return self._dataset
 
     def _load(self) -> Any:
+        no_network = hub.expect(self.folder or self.name)
         import datasets  # slow to import: only when records are really read
 
         datasets.disable_progress_bars()
@@ -284,7 +286,7 @@ class HubSource(Source):
             raise UsageError(
                 f"dataset {self.name!r} cannot be opened: {reason}",
                 where=self.where,
-                hint="check the id or folder, `subset` and `split`; without network only downloaded datasets open",
+                hint=f"{no_network}check the id or folder, `subset` and `split`",
             ) from error
 
 

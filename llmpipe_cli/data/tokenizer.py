@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from llmpipe_cli import hub
 from llmpipe_cli.data.cache import cached_folder, fingerprint
 from llmpipe_cli.data.discover import find_folder_or_id
 from llmpipe_cli.data.sources import PIECE_CHARS, cut_text, hub_commit
@@ -98,7 +99,7 @@ def prepare_tokenizer(
     revision = None if recipe.tokenizer else recipe.model.revision
 
     def load() -> Any:
-        tokenizer = _load(str(folder or choice), revision, recipe.model.trust_remote_code)
+        tokenizer = _load(str(folder or choice), revision)
         return _with_chat_template(tokenizer, chat_template)
 
     def identify() -> dict[str, Any]:
@@ -231,7 +232,7 @@ class Encoder:
             self._fast.no_truncation()
             self._fast.no_padding()
         else:
-            self._slow = _load(directory, None, trust_remote_code=False)
+            self._slow = _load(directory, None)
         self._prefix, self._suffix = self._special_tokens_around()
         about = Path(directory).parent / "info.json"
         info = json.loads(about.read_text()) if about.is_file() else {}
@@ -242,7 +243,7 @@ class Encoder:
         """Conversations to token ids, by the tokenizer's chat template."""
         from llmpipe_cli.data.chat import ChatEncoder
 
-        return ChatEncoder(_load(self._directory, None, trust_remote_code=False))
+        return ChatEncoder(_load(self._directory, None))
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` without special tokens. A very long text is cut in pieces, so that memory stays bounded."""
@@ -367,17 +368,18 @@ _SPECIAL_TOKENS: dict[str, dict[str, str]] = {
 }
 
 
-def _load(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+def _load(name: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
+    no_network = hub.expect(name)
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError ... for a bad name
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f"tokenizer {name!r} cannot be loaded: {reason}",
             where="tokenizer",
-            hint="give a folder with tokenizer files or a hub id; without network only downloaded ones load",
+            hint=f"{no_network}give a folder with tokenizer files or a hub id",
         ) from error
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from llmpipe_cli import hub
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.recipe.schema import ModelSection
 
@@ -123,16 +124,15 @@ def _scratch_config(values: dict[str, Any], vocab_size: int | None) -> PreTraine
 
 def _pretrained_config(section: ModelSection) -> PreTrainedConfig:
     assert section.from_ is not None
+    no_network = hub.expect(section.from_)
     try:
-        return AutoConfig.from_pretrained(
-            section.from_, revision=section.revision, trust_remote_code=section.trust_remote_code
-        )
+        return AutoConfig.from_pretrained(section.from_, revision=section.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
             f"the config of {section.from_} cannot be read: {reason}",
             where="model.from",
-            hint="name a folder with config.json, a run, or a hub id such as openai-community/gpt2",
+            hint=f"{no_network}name a folder with config.json, a run, or a hub id such as openai-community/gpt2",
         ) from error
 
 
@@ -150,12 +150,13 @@ def resolve_weights(section: ModelSection) -> Path:
     patterns = ["*.safetensors", "*.safetensors.index.json", "*.json"]
     if section.allow_pickle:
         patterns += ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+    no_network = hub.expect(section.from_)
     try:
         return Path(snapshot_download(section.from_, revision=section.revision, allow_patterns=patterns))
     except Exception as error:  # the hub raises many kinds, all of which mean that the weights are not there
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"{section.from_} cannot be downloaded: {reason}", hint="name a local folder instead"
+            f"{section.from_} cannot be downloaded: {reason}", hint=f"{no_network}name a local folder instead"
         ) from error
 
 

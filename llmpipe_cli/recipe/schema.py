@@ -39,8 +39,6 @@ class ModelSection(Section):
     """Attention kernel; auto leaves the choice to transformers."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     """Sets every dropout probability of the model's config; unset keeps the config's own."""
-    trust_remote_code: bool = False
-    """Allow Python code that comes with the model to run."""
     allow_pickle: bool = False
     """Read weights from pytorch_model.bin where there are no safetensors; only tensors are taken from it."""
 
