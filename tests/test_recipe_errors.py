@@ -101,6 +101,7 @@ BROKEN: list[tuple[str, str, str, str, str]] = [
     ("peft", HEAD + "peft: {r: 8}", "3:1", "no field `peft`", "write a section `lora:"),
     ("rank of zero", HEAD + "lora: {r: 0}", "3:11", "at least 1, found the number 0", "Rank"),
     ("unfrozen_parameters", HEAD + "unfrozen_parameters: [a]", "3:1", "no field", "trainable: [lm_head]"),
+    ("torch_compile", HEAD + "train: {torch_compile: true}", "3:9", "no field", "zero-bubble"),
     ("gradient_checkpointing", HEAD + "train: {gradient_checkpointing: true}", "3:9", "no field", "activation_checkp"),
     ("accumulation at the top", HEAD + "gradient_accumulation_steps: 2", "3:1", "no field", "write it under train:"),
     ("logging_steps", HEAD + "train: {logging_steps: 1}", "3:9", "no field", "every step is written"),

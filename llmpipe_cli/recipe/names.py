@@ -161,6 +161,7 @@ NOT_HERE: dict[str, str] = {
     "tf32": "leave it out: matrix products on GPUs use the precision that `model.dtype` names",
     "gradient_checkpointing": "write `activation_checkpointing: full` (or selective, none) under parallel:",
     "trust_remote_code": "leave it out: code that comes with a model is never run, only transformers' own is",
+    "torch_compile": "leave it out: linear layers whose gradients zero-bubble schedules postpone break its graph",
     "use_flash_attention_2": "write `attn_implementation: flash_attention_2` under model:",
     "flash_attention": "write `attn_implementation: flash_attention_2` under model:",
     "betas": "write `adam_beta1` and `adam_beta2` under train:",
