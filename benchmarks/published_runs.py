@@ -21,7 +21,7 @@ from llmpipe_cli.plan.cluster import Cluster, Node
 from llmpipe_cli.plan.cost import Conditions, end_of_step, profile_costs, stage_costs, transfer_seconds
 from llmpipe_cli.plan.devices import DEVICES, GIB
 from llmpipe_cli.plan.engines import MEGATRON, MEGATRON_DEEPSPEED, TORCHTITAN, EngineProfile
-from llmpipe_cli.plan.memory import chunk_memory, stage_memory
+from llmpipe_cli.plan.memory import Moment, chunk_memory, stage_memory
 from llmpipe_cli.plan.profile import ModelProfile
 from llmpipe_cli.plan.simulate import StageCosts
 from llmpipe_cli.plan.steptime import pipeline_time
@@ -156,9 +156,9 @@ def predict(row: Row) -> Predicted:
     received = [0.0] + [profile.segments[bound - 1].carried for bound in bounds[1:-1]]
     memory = [
         stage_memory(
-            [chunk_memory(part, conditions, received=before)],
+            [chunk_memory(part, conditions, received=before, sent=part[-1].carried)],
             conditions,
-            [((alive,), (0,))],
+            [Moment((alive,), (0,))],
             data=dp,
             zero_stage=zero,
         ).total

@@ -25,6 +25,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "gpt2", "n_embd": 256, "n_layer": 6, "n_head": 4, "vocab_size": 1024, "n_positions": 512,
         "bos_token_id": 0, "eos_token_id": 0,
     },
+    "bert": {
+        "model_type": "bert", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6,
+        "num_attention_heads": 4, "vocab_size": 1024, "max_position_embeddings": 512,
+    },
     "wide": {
         "model_type": "llama", "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4,
         "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 8192, "max_position_embeddings": 512,
@@ -50,6 +54,8 @@ CASES: dict[str, tuple[str, int, int, str, str, int, str, int]] = {
     "zero": ("llama", 1, 2, "1f1b", "none", 1, "fp32", 4),
     "gpt2": ("gpt2", 2, 1, "1f1b", "none", 0, "fp32", 4),
     "wide": ("wide", 2, 1, "1f1b", "none", 0, "fp32", 4),
+    "bert": ("bert", 2, 1, "1f1b", "none", 0, "fp32", 4),
+    "wide-bf16": ("wide", 1, 1, "1f1b", "none", 1, "bf16", 4),
 }
 
 
@@ -58,6 +64,7 @@ def recipe(name: str) -> dict[str, Any]:
     model, pipeline, data, schedule, checkpointing, zero_stage, dtype, micro_batch = CASES[name]
     return {
         "name": name,
+        "task": "classification" if model == "bert" else "causal-lm",
         "model": {"config": MODELS[model], "dtype": dtype},
         "data": {"train": {"synthetic": True}, "sequence_len": 128},
         "train": {"max_steps": 2, "global_batch_size": 4 * micro_batch * data, "micro_batch_size": micro_batch},

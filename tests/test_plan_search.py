@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
-from llmpipe_cli.engine.schedules import SCHEDULES
+from llmpipe_cli.engine.schedules import SCHEDULES, Instruction
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.plan.cluster import Cluster, Node, described
 from llmpipe_cli.plan.devices import DEVICES, GIB
@@ -82,27 +83,37 @@ def test_lower_bounds_hold_and_short_steps_stand_for_long_ones() -> None:
             assert least_seconds(schedule, costs, many, transfers) <= timed.seconds * (1 + 1e-9)
 
 
+def _fullest(order: Sequence[Instruction], kept: list[float], pending: list[float], gradients: float) -> float:
+    """The most that a stage holds while it runs its instructions."""
+    alive, waiting, most, accumulated = [0] * len(kept), [0] * len(kept), 0.0, 0.0
+    for kind, _, chunk in order:
+        alive[chunk] += (kind == "F") - (kind in "BI")
+        waiting[chunk] += (kind == "I") - (kind == "W")
+        accumulated = gradients if kind in "BW" else accumulated
+        sizes = zip((*alive, *waiting), (*kept, *pending), strict=True)
+        most = max(most, accumulated + sum(number * size for number, size in sizes))
+    return most
+
+
 def test_held_activations_are_those_of_the_orders() -> None:
-    for schedule, stages, many in itertools.product(SCHEDULES, (2, 3, 4), (2, 5, 12)):
+    """Whatever the sizes: exact for stages in one part; for several, where they are rules, nearly so."""
+    draw = random.Random(3)
+    for schedule, stages, many in itertools.product(SCHEDULES, (1, 2, 3, 4, 6), (1, 2, 3, 4, 5, 7, 8, 12, 20)):
         chunks = num_chunks(schedule)
+        if (stages == 1 and schedule != "1f1b") or (schedule == "zb-v" and many <= stages):
+            continue
         for stage in range(stages):
-            alive, waiting = [0] * chunks, [0] * chunks
-            held = held_activations(schedule, stages, many, chunks, stage)
-            most = 0
-            for kind, _, chunk in SCHEDULES[schedule](stage, stages, many, chunks):
-                alive[chunk] += (kind == "F") - (kind in "BI")
-                waiting[chunk] += (kind == "I") - (kind == "W")
-                most = max(most, sum(alive))
-                if chunks == 1:  # with several chunks the limit is for all of them together
-                    covered = (
-                        all(a <= b for a, b in zip(alive, one, strict=True))
-                        and all(a <= b for a, b in zip(waiting, other, strict=True))
-                        for one, other in held
-                    )
-                    assert any(covered), (schedule, stages, many, stage, alive, waiting, held)
-            assert most <= max(sum(one) for one, _ in held)
-            if chunks == 1:
-                assert most == max(sum(one) for one, _ in held)
+            order = SCHEDULES[schedule](stage, stages, many, chunks)
+            for _ in range(4):
+                kept = [draw.uniform(0.7, 1.4) for _ in range(chunks)]
+                pending, gradients = [size * draw.uniform(0.6, 1.1) for size in kept], draw.uniform(0, 2)
+                most = max(
+                    sum(n * size for n, size in zip((*now.alive, *now.waiting), (*kept, *pending), strict=True))
+                    + now.accumulating * gradients
+                    for now in held_activations(schedule, stages, many, chunks, stage)
+                )
+                close = 1e-9 if chunks == 1 else 0.12
+                assert most == pytest.approx(_fullest(order, kept, pending, gradients), rel=close), (schedule, stages)
 
 
 def test_cutting_for_unequal_devices() -> None:

@@ -245,7 +245,7 @@ def plan_profile(plan: Plan) -> ModelProfile:
     model = plan.recipe["model"]
     trainable = [] if plan.adapters is not None else plan.trainable
     facts = (plan.recipe["task"], plan.model_config_fields, plan.slice_plan)
-    options = (plan.model_type, model["dtype"], model["attn_implementation"], trainable)
+    options = (plan.model_type, model["dtype"], model["attn_implementation"], trainable, plan.device)
     return _measured_profile(json.dumps([*facts, *options], sort_keys=True))
 
 
@@ -257,7 +257,7 @@ def _measured_profile(facts: str) -> ModelProfile:
     from llmpipe_cli.model.slicing.plan import SlicePlan
     from llmpipe_cli.plan.measure import measure_profile
 
-    task, fields, slice_plan, model_type, dtype, attn_implementation, trainable = json.loads(facts)
+    task, fields, slice_plan, model_type, dtype, attn_implementation, trainable, device = json.loads(facts)
     config = AutoConfig.for_model(model_type, **{name: fields[name] for name in fields if name != "model_type"})
     return measure_profile(
         model_class(config, task),
@@ -267,6 +267,7 @@ def _measured_profile(facts: str) -> ModelProfile:
         dtype=dtype,
         attn_implementation=attn_implementation,
         trainable=trainable,
+        device=device,
     )
 
 

@@ -25,6 +25,8 @@ class EngineProfile:
         fixed_bytes: context of the driver, communicators' buffers, reduction buckets.
         kept_boundaries: copies of a boundary's tensor that a stage keeps for each live micro-batch, besides what
             autograd saves.
+        posted_boundaries: copies of a boundary's tensor on the way in each direction, whatever is alive.
+        fresh_gradients: fp32 gradients without ZeRO are released after a step, and come with its first backward pass.
         slack: share by which an allocator's reservation exceeds what is in use.
         reduce_rounds: 2 for an all-reduce of gradients, 1 for a reduce-scatter.
         sequence_parallel: norms, dropout and boundaries are divided by the tensor shards too.
@@ -50,6 +52,8 @@ class EngineProfile:
     slack: float
     reduce_rounds: int = 2
     sequence_parallel: bool = False
+    posted_boundaries: float = 0.0
+    fresh_gradients: bool = False
     shards_everything: bool = False
     selective_elementwise: bool = False
     selective_share: float = 0.0
@@ -76,7 +80,9 @@ OURS = EngineProfile(
     reduce_bytes=_dtypes(4, 4, 2),
     extra_parameter_bytes=_dtypes(0, 0, 2),
     fixed_bytes=1.5 * GIB,  # assumed: context and NCCL's buffers
-    kept_boundaries=2,
+    kept_boundaries=1,
+    posted_boundaries=2,  # receives are posted for two micro-batches ahead (`engine.transfers`)
+    fresh_gradients=True,
     slack=0.05,  # assumed
     selective_elementwise=True,
     host_seconds=0.005,
@@ -100,6 +106,9 @@ MEGATRON_DEEPSPEED = replace(
     partitioned_transfers=True,
     extra_parameter_bytes=_dtypes(0, 4, 1.3),
     fixed_bytes=4.0 * GIB,
+    kept_boundaries=2,
+    posted_boundaries=0,
+    fresh_gradients=False,
     slack=0.0,
     selective_elementwise=False,
     # its pipeline engine runs tensor shards without a common clock; from runs of one site, the same for all of them

@@ -4,7 +4,8 @@ The pass runs as it does for the slice plan (`model.slicing.forward`), at two le
 square is told from what grows with its length by the two. Every operation is seen by a dispatch mode, which notes
 matrix products with their shapes and what other kernels move; what autograd keeps is counted through its hooks for
 saved tensors, each storage once. Fused attention is replaced by a stand-in that keeps what fused kernels keep (query,
-key, value, result and a number a row), because on meta PyTorch would take the unfused one.
+key, value, result and a number a row), because on meta PyTorch would take the unfused one. Processors have no fused
+kernel with dropout: there the unfused one is what runs. Their dropout keeps factors, that of accelerators a mask.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def measure_profile(
     dtype: str,
     attn_implementation: str = "auto",
     trainable: Iterable[str] | None = None,
+    device: str = "cuda",
 ) -> ModelProfile:
     """The profile of a model, a segment of its slice plan each.
 
@@ -62,6 +64,7 @@ def measure_profile(
         dtype: fp32, bf16 or fp16.
         attn_implementation: as in the recipe.
         trainable: names of the parameters that learn; None means all.
+        device: "cuda" or "cpu": whose kernels keep what.
 
     Where the forward cannot run without weights, sizes are estimated from the slice plan's operations.
     """
@@ -78,7 +81,7 @@ def measure_profile(
     seen: list[list[_Seen]] | None = None
     if slice_plan.num_segments > 1:
         try:
-            seen = [_watch(model, example_inputs(config, task, 1, length)) for length in (short, long)]
+            seen = [_watch(model, example_inputs(config, task, 1, length), device) for length in (short, long)]
         except Exception as error:  # model code can fail in any way when values are missing
             logger.info("measuring %s without values failed: %s", cls.__name__, error)
     if seen is None or any(len(one) != slice_plan.num_segments for one in seen):
@@ -88,22 +91,22 @@ def measure_profile(
         _fit(slice_plan, index, model, few, many, short, long, carried[index])
         for index, (few, many) in enumerate(zip(*seen, strict=True))
     )
-    return ModelProfile(
-        _shared(segments), dtype, divisible=_divisible(config) if reason_without_plan(model) is None else ()
-    )
+    divisible = _divisible(config) if reason_without_plan(model) is None else ()
+    return ModelProfile(_shared(segments), dtype, measured_on=device, divisible=divisible)
 
 
 @dataclass
 class _Seen:
     """What one segment did in one pass."""
 
-    products: list[tuple[int, float, int, int]] = field(default_factory=list)  # batch, rows, inner, outer
+    products: list[tuple[int, float, int, int, bool]] = field(default_factory=list)  # `_product` and whether it shares
     attentions: list[tuple[int, int, bool]] = field(default_factory=list)  # heads, head size, causal
     moved_whole: float = 0.0
     moved_cut: float = 0.0
     saved_whole: float = 0.0
     saved_cut: float = 0.0
     largest: float = 0.0
+    probabilities: float = 0.0
     kernels: int = 0
 
 
@@ -115,6 +118,7 @@ class _CostRecorder(Recorder):
         self.seen: dict[int, _Seen] = defaultdict(_Seen)
         self.hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0) or 0)
         self._kept: dict[int, Any] = {}
+        self._factors: dict[int, Any] = {}  # storages that went into products, kept alive so that keys stay unique
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
@@ -128,7 +132,7 @@ class _CostRecorder(Recorder):
         if func._overloadpacket in flop_registry:
             product = _product(func, args)
             if product is not None:
-                seen.products.append(product)
+                seen.products.append((*product, self._is_known_factor(args[-2])))
                 return result
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_meta]
         if func in _LOOKUPS:
@@ -140,7 +144,16 @@ class _CostRecorder(Recorder):
             else:
                 seen.moved_cut += num_bytes
         seen.largest = max(seen.largest, *(float(tensor.numel() * tensor.element_size()) for tensor in outputs))
+        if func is aten._log_softmax.default:
+            seen.probabilities += float(outputs[0].numel() * outputs[0].element_size())
         return result
+
+    def _is_known_factor(self, activations: Tensor) -> bool:
+        """Whether a product's left side has been another product's too."""
+        storage = activations.untyped_storage()
+        known = storage._cdata in self._factors
+        self._factors[storage._cdata] = storage
+        return known
 
     def is_parameter(self, tensor: Tensor) -> bool:
         """Whether the tensor is a weight or a view of one."""
@@ -177,31 +190,41 @@ class _StandIn(torch.autograd.Function):
         raise NotImplementedError
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Replaces fused attention on meta by `_StandIn`."""
+class _DeviceKernels(TorchFunctionMode):
+    """Replaces what a device does in other ways than meta: fused attention by `_StandIn`, dropout by the fused one."""
 
-    def __init__(self, recorder: _CostRecorder) -> None:
+    def __init__(self, recorder: _CostRecorder, device: str) -> None:
         super().__init__()
-        self.recorder = recorder
+        self.recorder, self.device = recorder, device
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is nn.functional.dropout and self.device != "cpu":
+            return _masked_dropout(*args, **kwargs)
         if func is not nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
         query, key, value = (named[name] for name in ("query", "key", "value"))
-        if not all(tensor.is_meta and tensor.dim() == 4 for tensor in (query, key, value)):
+        unfused = self.device == "cpu" and named.get("dropout_p", 0.0)
+        if unfused or not all(tensor.is_meta and tensor.dim() == 4 for tensor in (query, key, value)):
             return func(*args, **kwargs)
         seen = self.recorder.seen[self.recorder.place]
         seen.attentions.append((query.shape[1], query.shape[3], bool(named.get("is_causal"))))
         return _StandIn.apply(query, key, value)
 
 
-def _watch(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[_Seen]:
+def _masked_dropout(values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """`nn.functional.dropout` with the kernel of accelerators, which keeps a mask of a byte an element."""
+    if not training or not p or not values.is_meta:
+        return nn.functional.dropout(values, p, training, inplace)
+    return torch.native_dropout(values, p, True)[0]
+
+
+def _watch(model: PreTrainedModel, inputs: dict[str, Tensor], device: str) -> list[_Seen]:
     """What each segment does in one forward pass."""
     recorder = _CostRecorder(model)
     with (
-        _FusedAttention(recorder),
+        _DeviceKernels(recorder, device),
         torch.autograd.graph.saved_tensors_hooks(recorder.keep, lambda tensor: tensor),
     ):
         passed = run_forward(model, inputs, recorder)
@@ -215,7 +238,7 @@ def _joined(parts: list[_Seen]) -> _Seen:
     for part in parts:
         joined.products += part.products
         joined.attentions += part.attentions
-    for name in ("moved_whole", "moved_cut", "saved_whole", "saved_cut"):
+    for name in ("moved_whole", "moved_cut", "saved_whole", "saved_cut", "probabilities"):
         setattr(joined, name, sum(getattr(part, name) for part in parts))
     return joined
 
@@ -261,21 +284,24 @@ def _fit(
     for heads, dim, causal in many.attentions:
         attentions[Attention(heads, dim, fused=True, causal=causal)] += 1
     same = len(few.products) == len(many.products)
-    for (batch, rows, inner, outer), before in zip(many.products, few.products if same else many.products, strict=True):
-        grows = sum(a != b for a, b in zip((rows, inner, outer), before[1:], strict=True))
+    for (batch, rows, inner, outer, shared), before in zip(
+        many.products, few.products if same else many.products, strict=True
+    ):
+        grows = sum(a != b for a, b in zip((rows, inner, outer), before[1:4], strict=True))
         if grows >= 2 or (batch > 1 and long in (inner, outer)):  # scores or values: half an attention
             attentions[Attention(batch, min(inner, outer), fused=False, causal=False)] += 0.5
         else:
-            products[inner, outer, batch * rows / long] += 1
+            products[inner, outer, batch * rows / long, shared] += 1
     hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0) or 0)
     carried = carried or hidden * float(_WIDTHS[_name_of(model)])
     saved = size("saved")
     cut, frozen, tied = _parameter_counts(slice_plan, index, model)
     is_layer = segment.kind == "layer"
-    largest = parts("largest")
     width = _WIDTHS[_name_of(model)]
-    share = 1.0 if width == 4 else 1.5  # in 16 bit logits are made fp32, and their gradient becomes 16 bit again
-    kept = width * sum(rows * outer * count for (_, outer, rows), count in products.items())
+    # Backward through a cross entropy: the gradient of the log-probabilities (in fp32) and, from it, of the logits.
+    largest, probabilities = parts("largest"), parts("probabilities")
+    temporary = tuple(max(one, 2 * other) for one, other in zip(largest, probabilities, strict=True))
+    kept = width * sum(rows * outer * count for (_, outer, rows, _), count in products.items())
     kept += sum(count * (width * a.heads * a.head_dim + 4 * a.heads) for a, count in attentions.items() if a.fused)
     return SegmentProfile(
         name=segment.name,
@@ -284,8 +310,8 @@ def _fit(
         cut_parameters=cut,
         frozen_parameters=frozen,
         products=tuple(
-            Product(inner, outer, _cut(inner, outer, hidden, is_layer), rows, count)
-            for (inner, outer, rows), count in products.items()
+            Product(inner, outer, _cut(inner, outer, hidden, is_layer), rows, count, shared)
+            for (inner, outer, rows, shared), count in products.items()
         ),
         attentions=tuple(
             Attention(kind.heads, kind.head_dim, kind.fused, kind.causal, count) for kind, count in attentions.items()
@@ -293,7 +319,7 @@ def _fit(
         traffic=size("moved"),
         saved=saved,
         selective_saved=Size(carried, kept),
-        temporary=Size(cut=share * largest[0], squared=share * largest[1]),
+        temporary=Size(cut=temporary[0], squared=temporary[1]),
         carried=carried,
         kernels=many.kernels,
         all_reduces=2.0 if is_layer else 1.0 if segment.kind == "pre" else 0.0,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llmpipe_cli.plan.cost import Conditions
 from llmpipe_cli.plan.profile import SegmentProfile, Size
@@ -26,7 +27,8 @@ class StageMemory:
         weights: parameters in the model's dtype.
         gradients: stored gradients.
         optimizer: fp32 masters and moments.
-        activations: of live micro-batches, and what a layer needs while it runs.
+        activations: of live micro-batches, and what a layer needs while it runs; where most are alive before there
+            are gradients, what exceeds the gradients.
         buffers: flat copies, communication, the driver's context, allocator slack.
         reserved: what of the buffers is no tensor: context and slack.
     """
@@ -52,9 +54,18 @@ class StageMemory:
         return {name: value for name, value in vars(self).items() if name != "reserved"}
 
 
-Held = Sequence[tuple[Sequence[int], Sequence[int]]]
-"""Numbers of micro-batches that a stage holds at its fullest moments, a number for each of its chunks: those whose
-activations wait for the backward pass, and those that only wait for their weight gradients."""
+class Moment(NamedTuple):
+    """Micro-batches that a stage holds at one of its fullest moments, a number for each of its chunks.
+
+    Attributes:
+        alive: those whose activations wait for the backward pass.
+        waiting: those that only wait for their weight gradients.
+        accumulating: whether a backward pass of this step has made gradients already.
+    """
+
+    alive: tuple[int, ...]
+    waiting: tuple[int, ...]
+    accumulating: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ class ChunkMemory:
         parameters: elements.
         learning: elements that learn.
         kept: bytes of one micro-batch between its forward and its backward pass.
+        posted: bytes of tensors on their way to and from other parts, whatever is alive.
         pending: bytes of one micro-batch whose weight gradients are postponed.
         working: bytes that its hungriest segment needs only while it runs.
     """
@@ -72,12 +84,13 @@ class ChunkMemory:
     parameters: float
     learning: float
     kept: float
+    posted: float
     pending: float
     working: float
 
 
 def chunk_memory(
-    segments: Sequence[SegmentProfile], conditions: Conditions, *, received: float = 0.0, alone: bool = False
+    segments: Sequence[SegmentProfile], conditions: Conditions, *, received: float = 0.0, sent: float = 0.0
 ) -> ChunkMemory:
     """Memory of consecutive segments.
 
@@ -85,13 +98,15 @@ def chunk_memory(
         segments: the segments.
         conditions: how micro-batches run.
         received: bytes a token that the part before sends; 0 for the first part.
-        alone: the only part: nothing is sent or received.
+        sent: bytes a token that go to the part behind; 0 for the last part.
     """
-    tensor = conditions.tensor
+    engine, tensor = conditions.engine, conditions.tensor
+    tokens = conditions.tokens / (tensor if engine.sequence_parallel else 1)
     return ChunkMemory(
         parameters=sum(segment.parameters_on(tensor) for segment in segments),
         learning=sum(segment.learning_on(tensor) for segment in segments),
-        kept=_kept(segments, conditions, received, alone),
+        kept=_kept(segments, conditions, received) + engine.kept_boundaries * tokens * max(received, sent),
+        posted=engine.posted_boundaries * tokens * (received + sent),
         pending=_pending(segments, conditions),
         working=max(_working(segment, conditions) for segment in segments),
     )
@@ -100,7 +115,7 @@ def chunk_memory(
 def stage_memory(
     chunks: Sequence[ChunkMemory],
     conditions: Conditions,
-    held: Held,
+    held: Sequence[Moment],
     *,
     data: int,
     zero_stage: int,
@@ -127,13 +142,16 @@ def stage_memory(
     share = data if zero_stage and not engine.shards_everything else 1
     weights, gradients = parameters * width, learning * engine.gradient_bytes[dtype]
     state = learning * (states + masters) / share
+    fresh = gradients if engine.fresh_gradients and dtype == "fp32" and not zero_stage else 0.0
     activations = max(
         sum(
             number * chunk.kept + postponed * chunk.pending
-            for number, postponed, chunk in zip(alive, waiting, chunks, strict=True)
+            for number, postponed, chunk in zip(moment.alive, moment.waiting, chunks, strict=True)
         )
-        for alive, waiting in held
-    ) + max(chunk.working for chunk in chunks)
+        - (0.0 if moment.accumulating else fresh)
+        for moment in held
+    )
+    activations += max(chunk.working for chunk in chunks) + sum(chunk.posted for chunk in chunks)
     # a process on a CPU has no driver's context
     fixed = 0.0 if conditions.device.is_cpu else engine.fixed_bytes
     copies = engine.extra_parameter_bytes[dtype] * learning
@@ -141,7 +159,7 @@ def stage_memory(
     return StageMemory(weights, gradients, state, activations, copies + reserved, reserved)
 
 
-def _kept(chunk: Sequence[SegmentProfile], conditions: Conditions, received: float, alone: bool) -> float:
+def _kept(chunk: Sequence[SegmentProfile], conditions: Conditions, received: float) -> float:
     """Bytes of one micro-batch between its forward and its backward pass through a chunk."""
     engine, tokens = conditions.engine, conditions.tokens
     divided = conditions.tensor if engine.sequence_parallel else 1
@@ -155,8 +173,6 @@ def _kept(chunk: Sequence[SegmentProfile], conditions: Conditions, received: flo
         else:
             kept += _bytes(segment.saved, conditions)
         before = segment.carried
-    if not alone:
-        kept += engine.kept_boundaries * tokens * max(received, chunk[-1].carried) / divided
     return kept
 
 
@@ -167,7 +183,7 @@ def _pending(chunk: Sequence[SegmentProfile], conditions: Conditions) -> float:
     for segment in chunk:
         for product in segment.products:
             inner, outer = product.shard(tensor)
-            elements += product.count * product.rows * (inner + outer)
+            elements += product.count * product.rows * (outer + (0 if product.shared else inner))
     return conditions.tokens * elements * width
 
 

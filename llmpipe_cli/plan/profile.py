@@ -28,6 +28,7 @@ class Product:
         cut: which side tensor parallelism divides: "outer" (column-parallel), "inner" (row-parallel) or "none".
         rows: rows a token; below 1 where only some tokens take part.
         count: how many such products a pass has.
+        shared: its activations are those of another product of the segment too.
     """
 
     inner: int
@@ -35,6 +36,7 @@ class Product:
     cut: Cut = "none"
     rows: float = 1.0
     count: float = 1.0
+    shared: bool = False
 
     @property
     def flops(self) -> float:

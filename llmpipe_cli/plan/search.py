@@ -500,11 +500,10 @@ class _Workshop:
         chunks = []
         for start, stop in ranges:
             received = segments[start - 1].carried if start else 0.0
-            key = (*self._sizes(choice), choice.pipeline == 1, received, *map(id, segments[start:stop]))
+            sent = segments[stop - 1].carried if stop < len(segments) else 0.0
+            key = (*self._sizes(choice), received, sent, *map(id, segments[start:stop]))
             if key not in self._chunks:
-                self._chunks[key] = chunk_memory(
-                    segments[start:stop], conditions, received=received, alone=choice.pipeline == 1
-                )
+                self._chunks[key] = chunk_memory(segments[start:stop], conditions, received=received, sent=sent)
             chunks.append(self._chunks[key])
         held = held_activations(choice.schedule, choice.pipeline, choice.num_micro_batches, job.pins.chunks, stage)
         return stage_memory(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmpipe_cli.engine.schedules import DEFAULT_CHUNKS, SCHEDULES, splits_backward
+from llmpipe_cli.plan.memory import Moment
 from llmpipe_cli.plan.simulate import StageCosts, simulate_schedule
 
 
@@ -76,33 +77,67 @@ def shortened(num_micro_batches: int, stages: int) -> int:
     return enough + num_micro_batches % stages
 
 
-def held_activations(
-    schedule: str, stages: int, num_micro_batches: int, chunks: int, stage: int
-) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-    """The fullest moments of a stage (`memory.Held`), from the rules that the schedules' orders follow.
-
-    Where a stage has several parts the numbers are those of its warm-up, dealt to them in the order of the rounds; for
-    ZB-V they are its limit of 2 p chunks.
-    """
+def held_activations(schedule: str, stages: int, num_micro_batches: int, chunks: int, stage: int) -> tuple[Moment, ...]:
+    """The fullest moments of a stage, from the rules that the schedules' orders follow."""
     m, behind = num_micro_batches, stages - 1 - stage
-    if schedule == "gpipe":
-        return (((m,), (0,)),)
-    if schedule == "1f1b":
-        return (((min(m, behind + 1),), (0,)),)
-    if schedule in ("zb-h1", "zb-h2"):
-        factor = 1 if schedule == "zb-h1" else 2
-        ahead, postponed = factor * behind, min(m, factor * stage)
-        return (((min(m, ahead + 1),), (postponed,)), ((min(m, ahead),), (min(m, postponed + (stage > 0)),)))
+    if schedule == "interleaved" and chunks > 1:
+        return _held_interleaved(stages, m, chunks, stage)
     if schedule == "zb-v":
-        return (((min(m, stages),) * 2, (0, 0)),)
-    alive = [0] * chunks
-    left = min(m * chunks, 2 * behind + (chunks - 1) * stages + 1)
-    while left > 0:
-        for chunk in range(chunks):
-            taken = min(stages, left, m - alive[chunk])
-            alive[chunk] += taken
-            left -= taken
-    return ((tuple(alive), (0,) * chunks),)
+        return _held_zb_v(stages, m, stage)
+    factor = {"zb-h1": 1, "zb-h2": 2}.get(schedule, 0)
+    warmup = m if schedule == "gpipe" else max(1, factor) * behind
+    return _held_in_one(warmup, factor * stage, m)
+
+
+def _held_in_one(warmup: int, postponed: int, num_micro_batches: int) -> tuple[Moment, ...]:
+    """Of a stage in one part that starts with `warmup` forward passes and keeps so many weight gradients back."""
+    m = num_micro_batches
+    if m > warmup + 1 + postponed:  # a forward pass follows the first gradients
+        full = Moment((warmup + 1,), (postponed,))
+        return (full, Moment((warmup,), (postponed + 1,))) if postponed else (full,)
+    if not postponed:
+        return Moment((m,), (0,), False), Moment((m - 1,), (0,))
+    before, kept = max(0, m - 1 - warmup), min(postponed, m - 1)  # backward passes before the last forward pass
+    return (
+        Moment((m - before,), (before,), False),
+        Moment((m - 1 - kept,), (kept + 1,), False),
+        Moment((m - 1 - kept,), (kept,)),
+        Moment((max(0, m - 2 - kept),), (min(kept + 1, m - 1),)),
+    )
+
+
+def _held_interleaved(stages: int, num_micro_batches: int, chunks: int, stage: int) -> tuple[Moment, ...]:
+    """Counted after those forward passes of the first round at which the forward or the backward passes change to
+    another chunk: there the number of each chunk's micro-batches is largest or smallest."""
+    m, of_round = num_micro_batches, stages * chunks
+    rounds = -(-m // stages)
+    warmup = min(2 * (stages - 1 - stage) + (chunks - 1) * stages, rounds * of_round)
+
+    def passed(number: int, place: int) -> int:
+        """Micro-batches of the chunk that comes in this place of a round, among the first passes."""
+        whole, rest = divmod(min(number, rounds * of_round), of_round)
+        return min(m, whole * stages + min(stages, max(0, rest - place * stages)))
+
+    first = -(warmup + 1) % stages
+    moments = []
+    for after in sorted({1, *range(0, of_round, stages), *range(first, of_round, stages)}):
+        alive = tuple(passed(warmup + 1 + after, c) - passed(after, chunks - 1 - c) for c in range(chunks))
+        moments.append(Moment(alive, (0,) * chunks, after > 0))
+    return tuple(moments)
+
+
+def _held_zb_v(stages: int, num_micro_batches: int, stage: int) -> tuple[Moment, ...]:
+    """At most 2 p chunks: most of the first one when the pipeline is full, of weight gradients when it drains."""
+    m = num_micro_batches
+    down, up = min(m, 2 * stages - 1 - stage), min(m, stage + 1)
+    rest = min(m - up, 2 * stages - down - up)
+    many = m > stages  # passes follow the first gradients
+    return (
+        Moment((down, up), (0, rest), many),
+        Moment((down, up - 1), (0, rest)),
+        Moment((min(m, 2 * stages - stage), min(m, stage)), (0, 0), many),
+        Moment((max(0, min(m - stage - 1, stages - 1 - stage)), 0), (up, up if many else up - 1)),
+    )
 
 
 def least_seconds(
