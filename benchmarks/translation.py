@@ -1,6 +1,6 @@
 """A small Marian from scratch: `llmpipe` at two stages beside a plain transformers loop on the same batches.
 
-    python benchmarks/translation.py TRAIN.jsonl TEST.jsonl [--source en --target de --steps 2000]
+    python benchmarks/translation.py TRAIN.jsonl TEST.jsonl [--source en --target de --steps 850]
 
 Both files hold a pair of texts a line. `llmpipe` trains the tokenizer, transformers draws the weights, and both sides
 start from these, draw the same pairs in the same order, without dropout, with smoothed labels. The plain side
@@ -92,7 +92,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("test", type=path, help="the same, never trained on")
     parser.add_argument("--source", default="en", help="field to translate from")
     parser.add_argument("--target", default="de", help="field to translate to")
-    parser.add_argument("--steps", type=int, default=2000, help=f"optimizer steps of {_BATCH} pairs")
+    parser.add_argument("--steps", type=int, default=850, help=f"optimizer steps of {_BATCH} pairs")
     parser.add_argument("--folder", type=path, help="keep recipes, runs and models here, and go on with them")
     return parser.parse_args()
 
