@@ -29,7 +29,11 @@ def test_processors_are_compared_by_shares() -> None:
     said = compare(expected, [_step([8.0, 9.0], 20.0, gib=1.0)])
     assert len(said) == 1
     assert "8.000 (8.000), 9.000 (9.000)" in said[0]
-    assert compare(expected, [_step([1.0, 9.0])])[-1] == "warning: stage 0 computes 79% less than predicted"
+    # Of two stages neither can be told to be the one that is as predicted: both are off by the same factor.
+    assert compare(expected, [_step([1.0, 9.0])])[-1] == "warning: stage 0 computes 65% less than predicted"
+    three = replace(expected, stage_seconds=[1.0, 1.0, 1.0])
+    said = compare(three, [_step([4.0, 1.0, 1.0])])
+    assert said[-1] == "warning: stage 0 computes 152% more than predicted"
 
 
 def test_said_once_after_the_first_steps() -> None:

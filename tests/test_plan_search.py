@@ -95,25 +95,40 @@ def _fullest(order: Sequence[Instruction], kept: list[float], pending: list[floa
     return most
 
 
+def _most_alive(order: Sequence[Instruction], chunks: int) -> int:
+    """The largest number of micro-batches whose activations a stage keeps, those of all chunks together."""
+    alive = [0] * chunks
+    counts = []
+    for kind, _, chunk in order:
+        alive[chunk] += (kind == "F") - (kind in "BI")
+        counts.append(sum(alive))
+    return max(counts)
+
+
 def test_held_activations_are_those_of_the_orders() -> None:
     """Whatever the sizes: exact for stages in one part; for several, where they are rules, nearly so."""
     draw = random.Random(3)
     for schedule, stages, many in itertools.product(SCHEDULES, (1, 2, 3, 4, 6), (1, 2, 3, 4, 5, 7, 8, 12, 20)):
         chunks = num_chunks(schedule)
-        if (stages == 1 and schedule != "1f1b") or (schedule == "zb-v" and many <= stages):
+        if stages == 1 and schedule != "1f1b":
             continue
         for stage in range(stages):
             order = SCHEDULES[schedule](stage, stages, many, chunks)
+            moments = held_activations(schedule, stages, many, chunks, stage)
+            assert _most_alive(order, chunks) <= max(sum(now.alive) for now in moments), (schedule, stages, many, stage)
             for _ in range(4):
                 kept = [draw.uniform(0.7, 1.4) for _ in range(chunks)]
                 pending, gradients = [size * draw.uniform(0.6, 1.1) for size in kept], draw.uniform(0, 2)
                 most = max(
                     sum(n * size for n, size in zip((*now.alive, *now.waiting), (*kept, *pending), strict=True))
                     + now.accumulating * gradients
-                    for now in held_activations(schedule, stages, many, chunks, stage)
+                    for now in moments
                 )
-                close = 1e-9 if chunks == 1 else 0.12
-                assert most == pytest.approx(_fullest(order, kept, pending, gradients), rel=close), (schedule, stages)
+                exact = _fullest(order, kept, pending, gradients)
+                if schedule == "zb-v" and many <= stages:  # the pipeline is not even full once
+                    assert 0.88 * exact <= most <= 1.2 * exact, (stages, many, stage)
+                else:
+                    assert most == pytest.approx(exact, rel=1e-9 if chunks == 1 else 0.12), (schedule, stages)
 
 
 def test_cutting_for_unequal_devices() -> None:

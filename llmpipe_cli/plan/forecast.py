@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 COMPARED_STEPS = (3, 8)
 """The steps that are compared, counted from the first of the run: those before still warm up."""
 PARTED = 0.25
-"""Relative error from which a prediction and a measurement have parted."""
+"""How much larger one of a prediction and a measurement is than the other, relatively, once they have parted."""
 SHARES_PARTED = 0.75
 """The same for a stage's share on a processor: small layers there take what the interpreter takes."""
 
@@ -131,15 +131,17 @@ def compare(predicted: Forecast, steps: Sequence[dict[str, Any]]) -> list[str]:
                 said.append(f"warning: stage {stage} holds {there / 2**30:.1f} GiB, predicted {here / 2**30:.1f} GiB")
     if len(busy) != len(predicted.stage_seconds) or not all(busy) or not all(predicted.stage_seconds):
         return said
-    scale = 1.0 if predicted.absolute else sum(busy) / sum(predicted.stage_seconds)
+    # The mean is geometric, since a stage that takes several times as long would lift any sum to its own height.
+    mean = statistics.geometric_mean
+    scale = 1.0 if predicted.absolute else mean(busy) / mean(predicted.stage_seconds)
     expected = [seconds * scale for seconds in predicted.stage_seconds]
     shown = ", ".join(f"{own:.3f} ({there:.3f})" for own, there in zip(busy, expected, strict=True))
     if len(busy) > 1:
-        kind = "predicted" if predicted.absolute else "predicted, scaled to the same sum"
+        kind = "predicted" if predicted.absolute else "predicted, scaled to the same mean"
         said.append(f"seconds that the stages compute a step ({kind}): {shown}")
     ratios = [own / there for own, there in zip(busy, expected, strict=True)]
-    worst = max(range(len(ratios)), key=lambda stage: abs(ratios[stage] - 1))
-    if abs(ratios[worst] - 1) > (PARTED if predicted.absolute else SHARES_PARTED):
+    worst = max(range(len(ratios)), key=lambda stage: max(ratios[stage], 1 / ratios[stage]))
+    if max(ratios[worst], 1 / ratios[worst]) > 1 + (PARTED if predicted.absolute else SHARES_PARTED):
         more = "more" if ratios[worst] > 1 else "less"
         said.append(f"warning: stage {worst} computes {abs(ratios[worst] - 1):.0%} {more} than predicted")
     return said
