@@ -72,7 +72,7 @@ def evaluate(
             batch = one[index]
             with torch.no_grad():
                 output = model(**batch.inputs)
-            ranks[index % num_ranks].update(batch, output.logits, output.loss)
+            ranks[index % num_ranks].update(batch, output.logits)
         metrics |= one.result(torch.stack([rank.vector for rank in ranks]).sum(dim=0))
     return metrics
 

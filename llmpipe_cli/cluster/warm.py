@@ -92,11 +92,13 @@ class WarmStart:
 
 def main() -> None:
     """Import, wait for the order, and be the agent of its ranks."""
+    gc.disable()  # modules are no garbage
     for name in _IMPORTS:
         with contextlib.suppress(Exception):  # who needs it imports it again, and says where its output is read
             importlib.import_module(name)
     gc.collect()
     gc.freeze()  # what was imported is shared with the forks as long as nobody touches it
+    gc.enable()
     line = sys.stdin.buffer.readline()
     if not line:
         return
