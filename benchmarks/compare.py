@@ -62,7 +62,7 @@ LABELS = {
 }
 UNRECORDED = "-unrecorded"
 RECORDING = ("llmpipe-zb-h1", "llmpipe-zb-h1" + UNRECORDED)
-MAIN = ("independent", "torch", "deepspeed", "llmpipe-zb-h1", "llmpipe-zb-h2", "llmpipe-zb-v")
+MAIN = ("independent", "torch", "torch-zbv", "deepspeed", "llmpipe-zb-h1", "llmpipe-zb-h2", "llmpipe-zb-v")
 TORCH = ("torch", "torch-interleaved", "torch-zbv")
 KINDS = ("wall", "cpu", "simulated")
 EVERY = 3  # rounds from one step to the next of the systems that only complete the picture
