@@ -23,6 +23,11 @@ def llmpipe(*arguments: str | Path, folder: Path) -> dict[str, Any]:
     return document
 
 
+def full_path(name: str) -> Path:
+    """The path of a command-line argument, whatever folder commands are run in."""
+    return Path(name).resolve()
+
+
 def write_recipe(folder: Path, values: dict[str, Any]) -> Path:
     """A recipe file of these values (JSON is YAML too), named like the recipe."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commands import llmpipe, write_recipe
+from commands import full_path, llmpipe, write_recipe
 from torchmetrics.text import SQuAD
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
@@ -51,14 +51,11 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    def path(name: str) -> Path:
-        return Path(name).resolve()
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=path, help="folder of the published model")
-    parser.add_argument("article", type=path, help="JSON in the form of SQuAD v1.1")
+    parser.add_argument("model", type=full_path, help="folder of the published model")
+    parser.add_argument("article", type=full_path, help="JSON in the form of SQuAD v1.1")
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--folder", type=path, help="keep recipe, runs and models here, and go on with them")
+    parser.add_argument("--folder", type=full_path, help="keep recipe, runs and models here, and go on with them")
     return parser.parse_args()
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commands import llmpipe, read_rows, write_recipe
+from commands import full_path, llmpipe, read_rows, write_recipe
 from sklearn.metrics import accuracy_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_scheduler
 
@@ -59,16 +59,13 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    def path(name: str) -> Path:
-        return Path(name).resolve()
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=path, help="folder of the published model")
-    parser.add_argument("train", type=path, help="JSON Lines with `text` and `label`")
-    parser.add_argument("test", type=path, help="the same, never trained on")
+    parser.add_argument("model", type=full_path, help="folder of the published model")
+    parser.add_argument("train", type=full_path, help="JSON Lines with `text` and `label`")
+    parser.add_argument("test", type=full_path, help="the same, never trained on")
     parser.add_argument("--seeds", default="1,2,3", help="numbers, separated by commas")
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--folder", type=path, help="keep recipes, runs and models here, and go on with them")
+    parser.add_argument("--folder", type=full_path, help="keep recipes, runs and models here, and go on with them")
     return parser.parse_args()
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import sacrebleu
 import torch
-from commands import llmpipe, read_rows, write_recipe
+from commands import full_path, llmpipe, read_rows, write_recipe
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianConfig, MarianMTModel, get_scheduler
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -84,16 +84,13 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    def path(name: str) -> Path:
-        return Path(name).resolve()
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("train", type=path, help="JSON Lines with a pair of texts")
-    parser.add_argument("test", type=path, help="the same, never trained on")
+    parser.add_argument("train", type=full_path, help="JSON Lines with a pair of texts")
+    parser.add_argument("test", type=full_path, help="the same, never trained on")
     parser.add_argument("--source", default="en", help="field to translate from")
     parser.add_argument("--target", default="de", help="field to translate to")
     parser.add_argument("--steps", type=int, default=850, help=f"optimizer steps of {_BATCH} pairs")
-    parser.add_argument("--folder", type=path, help="keep recipes, runs and models here, and go on with them")
+    parser.add_argument("--folder", type=full_path, help="keep recipes, runs and models here, and go on with them")
     return parser.parse_args()
 
 

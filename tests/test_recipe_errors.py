@@ -452,19 +452,13 @@ BROKEN: list[tuple[str, str, str, str, str]] = [
     ("share of a stream", HEAD + stream("validation: {fraction: 0.1}"), "3:71", "read to its end first", "of its own"),
     ("unpacked stream", HEAD + stream("packing: false"), "3:41", "is cut into blocks", "leave `streaming` out"),
     (
-        "streamed chat",
+        "chat stream",
         HEAD + stream("sequence_len: 64") + "task: chat",
         "3:41",
         "is cut into blocks",
         "leave `streaming`",
     ),
-    (
-        "duplicates in a stream",
-        HEAD + stream("clean: {duplicates: exact}"),
-        "3:68",
-        "keep all of it in mind",
-        "leave it",
-    ),
+    ("copies in a stream", HEAD + stream("clean: {duplicates: exact}"), "3:68", "keep all of it in mind", "leave it"),
     ("augmented stream", HEAD + stream("augment: {copies: 1}"), "3:57", "does not go with a stream", "leave it out"),
     (
         "epochs of a stream",

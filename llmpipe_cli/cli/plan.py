@@ -51,14 +51,14 @@ def plan(
 ) -> None:
     """Find the best layout for a recipe and say what it takes: memory a stage, step time, days. Starts nothing."""
     from llmpipe_cli.plan.propose import as_json as answer_of
-    from llmpipe_cli.plan.propose import find_cluster, make_job, read_calibration, recipe_profile, refusal
+    from llmpipe_cli.plan.propose import find_cluster, kernels_of, make_job, read_calibration, recipe_profile, refusal
     from llmpipe_cli.plan.search import search
 
     counts = _numbers(nodes)
     loaded = jobs.load(recipe, set_ or [], "plan")
     with jobs.places(loaded), console.working("planning"):
         machines = find_cluster(hostfile, cluster, devices)
-        profile = recipe_profile(loaded.recipe)
+        profile = recipe_profile(loaded.recipe, kernels_of(machines))
         calibration = read_calibration(calibrate or [])
         job = make_job(loaded.recipe, machines, profile, calibration)
         found = search(job)

@@ -117,8 +117,12 @@ def find_cluster(hostfile: Path | None, cluster: Path | None, devices: int | Non
     return this_machine(devices)
 
 
-def recipe_profile(recipe: Recipe) -> ModelProfile:
+def recipe_profile(recipe: Recipe, device: str = "cuda") -> ModelProfile:
     """The profile of the recipe's model, from its config.
+
+    Args:
+        recipe: the recipe.
+        device: "cuda" or "cpu": whose kernels it will run.
 
     Raises:
         UsageError: no such model, or one that cannot be traced.
@@ -140,7 +144,13 @@ def recipe_profile(recipe: Recipe) -> ModelProfile:
         if short is not None:
             slice_plan = trace_config(cls, short, recipe.task, attn_implementation=attention)
             few = measure_profile(
-                cls, short, recipe.task, slice_plan, dtype=recipe.model.dtype, attn_implementation=attention
+                cls,
+                short,
+                recipe.task,
+                slice_plan,
+                dtype=recipe.model.dtype,
+                attn_implementation=attention,
+                device=device,
             )
             whole = few.stretched(config.num_hidden_layers)
             if whole is not None:
@@ -166,6 +176,7 @@ def recipe_profile(recipe: Recipe) -> ModelProfile:
         dtype=recipe.model.dtype,
         attn_implementation=attention,
         trainable=trainable,
+        device=device,
     )
 
 
@@ -211,6 +222,11 @@ def recipe_pins(recipe: Recipe) -> Pins:
     )
 
 
+def kernels_of(cluster: Cluster) -> str:
+    """Whose kernels a cluster's ranks run: "cpu" or "cuda"."""
+    return "cpu" if cluster.nodes[0].device.is_cpu else "cuda"
+
+
 def make_job(
     recipe: Recipe, cluster: Cluster, profile: ModelProfile | None = None, calibration: Calibration | None = None
 ) -> Job:
@@ -225,7 +241,7 @@ def make_job(
     Raises:
         UsageError: no such model, or one that cannot be traced; a device without the recipe's dtype.
     """
-    profile = profile or recipe_profile(recipe)
+    profile = profile or recipe_profile(recipe, kernels_of(cluster))
     if calibration is not None:
         cluster = calibration.apply(cluster)
     for node in cluster.nodes:
