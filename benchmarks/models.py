@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 
-from llmpipe_cli.model.parity import Verdict, check_type
+from llmpipe_cli.model.parity import Verdict, check_split, check_type
 from llmpipe_cli.model.table import TABLE, TASKS, read_table, registered_types, render, write_table
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
@@ -41,7 +41,7 @@ def check(task: str, model_type: str) -> dict[str, Any]:
             attention.append("eager")
         elif second.status != "untested":
             return {"status": second.status, "reason": f"with eager attention: {second.reason}"}
-    return row | {"attention": attention}
+    return row | {"attention": attention, "split": check_split(model_type, task).status == "pass"}
 
 
 def prepare_process() -> None:

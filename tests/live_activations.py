@@ -57,7 +57,9 @@ def _written(run: Path, rank: int) -> Path:
 
 
 def _first_layer(module: Any, chunk: int) -> Any:
-    """The first decoder layer of a chunk: segments are the embedding, each layer, and the head."""
-    part, layers = module.placement.part(module.stage_id, chunk), module.skeleton.model.layers
+    """The first decoder layer of a chunk whose MLP runs there, be it in a segment of its own."""
+    part = module.placement.part(module.stage_id, chunk)
     segments = range(module.bounds[part], module.bounds[part + 1])
-    return next((layers[segment - 1] for segment in segments if 1 <= segment <= len(layers)), None)
+    calls = [call.module.removesuffix(".mlp") for call in module.slice_plan.calls if call.segment in segments]
+    called = [module.skeleton.get_submodule(name) for name in calls]
+    return next((layer for layer in called if hasattr(layer, "mlp")), None)

@@ -123,6 +123,41 @@ def test_schedule(name: str, num_stages: int, num_micro_batches: int, references
     _check_memory(run, name, num_micro_batches, SCHEDULES[name].chunks or 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "num_stages", "parallel", "dtype"),
+    [
+        ("1f1b", 2, {}, "fp32"),
+        ("zb-v", 2, {}, "fp32"),
+        ("zb-h1", 2, {"zero_stage": 1, "data": 2}, "fp32"),
+        ("zb-h1", 2, {}, "bf16"),
+    ],
+)
+def test_stages_that_begin_inside_a_layer(
+    name: str, num_stages: int, parallel: dict[str, Any], dtype: str, tmp_path: Path, pool: RankPool
+) -> None:
+    """Five layers that are most of the work: the half of them ends inside one, which is cut before its MLP."""
+    job = _job(tmp_path, 8)
+    job.values["model"]["config"].update(num_hidden_layers=5, intermediate_size=64)
+    job.values["model"]["dtype"] = dtype
+    job.values["train"]["lr_scheduler_type"] = "constant"
+    parallel = {"pipeline": num_stages, "schedule": name, "split_layers": "auto", **parallel}
+    plan = job.plan(parallel=parallel)
+    assert plan.slice_plan["split"]
+    named = [segment["name"] for segment in plan.slice_plan["segments"]]
+    assert any(named[bound].endswith(".mlp") for bound in plan.partition[1:-1])
+    run = job.train(pool, parallel=parallel)
+    if dtype == "bf16":  # as exact as bf16 on whole layers: another layout gives the same losses
+        whole = job.train(pool, parallel=parallel | {"split_layers": False})
+        assert losses(run) == losses(whole)
+        return
+    _check(run, train_plain(job.plan()), job.values["train"]["max_grad_norm"])
+    if name == "1f1b":  # what it saved goes on in whole layers
+        uncut = {**parallel, "split_layers": False}
+        resumed = job.train(pool, resume=run.latest_checkpoint(), parallel=uncut, train__max_steps=4)
+        straight = job.train(pool, parallel=parallel, train__max_steps=4)
+        assert losses(resumed) == pytest.approx(losses(straight)[2:], rel=1e-5)
+
+
 def test_recorded_orders_have_the_published_bubbles(tmp_path: Path) -> None:
     """Eight real ranks, 24 micro-batches: what they recorded, with the Zero Bubble paper's times for that size (Qi et
     al. 2023), has its bubble rates. Three parts a stage are that paper's interleaved 1F1B."""

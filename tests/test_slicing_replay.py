@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from llmpipe_cli.errors import RankError, UsageError
 from llmpipe_cli.model.auto import example_inputs, model_class
+from llmpipe_cli.model.parity import check_split, splits_alike
 from llmpipe_cli.model.slicing import SlicePlan, StageReplay, trace, trace_config, whole_plan
-from llmpipe_cli.model.slicing.trace import NotSliceableError
+from llmpipe_cli.model.slicing.split import splittable
+from llmpipe_cli.model.slicing.trace import NotSliceableError, trace_split
 from llmpipe_cli.model.stage import build_stage
 
 
@@ -171,6 +173,57 @@ def test_flops_follow_the_sequence() -> None:
     # Nothing but a lookup, and in some versions the rotary angles: an outer product of positions and half a head.
     assert plan.flops(length)[0] in (0, 2 * length * config.head_dim // 2)
     assert plan.flops(length)[-1] == pytest.approx(2 * hidden * config.vocab_size * length, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("task", "model_type", "changes", "largest"),
+    [
+        ("causal-lm", "llama", {}, ("self_attn", "mlp")),
+        ("causal-lm", "qwen2", {"tie_word_embeddings": True}, ("self_attn", "mlp")),
+        ("causal-lm", "gpt2", {}, ("attn", "mlp")),
+        ("causal-lm", "mixtral", {"output_router_logits": True}, ("self_attn", "mlp")),
+        ("masked-lm", "bert", {}, ("attention", "output")),
+    ],
+)
+def test_a_cut_inside_a_layer(task: str, model_type: str, changes: dict[str, Any], largest: tuple[str, str]) -> None:
+    """Between attention and MLP one tensor crosses; all costs and parameters stay those of the whole layer."""
+    model, whole = make(model_type, task, **changes)
+    layers = splittable(whole)
+    assert len(layers) == 2, "the last of three layers is not split"
+    for chosen in (layers, layers[1:]):
+        plan = trace_split(type(model), model.config, task, whole, chosen, sequence_len=16)
+        assert plan is not None
+        assert plan.split == chosen
+        parts = [(i, name) for i, s in enumerate(plan.segments) for name in chosen if s.name.startswith(f"{name}.")]
+        assert [plan.segments[i].name for i, _ in parts] == [f"{name}.{part}" for name in chosen for part in largest]
+        for boundary in range(1, plan.num_segments):
+            assert plan.carried_elements_per_token(boundary) <= max(
+                whole.carried_elements_per_token(b) for b in range(1, whole.num_segments)
+            )
+        for length in (16, 500):
+            for layer in chosen:
+                own = [whole.flops(length)[i] for i, s in enumerate(whole.segments) if s.name == layer]
+                found = sum(plan.flops(length)[i] for i, name in parts if name == layer)
+                assert found == pytest.approx(own[0], rel=1e-6)
+        assert sum(s.num_parameters for s in plan.segments) == sum(s.num_parameters for s in whole.segments)
+        assert SlicePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+        inputs = tiny_inputs(task, batch=3)
+        expected = run_whole(model, inputs)
+        for cuts in ([parts[1][0]], [1, parts[-1][0]], list(range(1, plan.num_segments))):
+            assert_same(Pipeline(model, plan, cuts).run(inputs), expected)
+
+
+def test_layers_that_stay_whole() -> None:
+    """Attention and MLP side by side; a choice of adapters between them; random draws, which are seeded by segment."""
+    model, whole = make("gpt_neox")
+    assert trace_split(type(model), model.config, "causal-lm", whole, splittable(whole)) is None
+    assert splittable(make("albert", "masked-lm")[1]) == ()
+    assert check_split("xmod", "causal-lm").status == "differs"
+    assert not splits_alike(tiny_config("xmod"), "causal-lm")
+    assert splits_alike(tiny_config("llama"), "chat")
+    assert not make("gpt2")[1].random
+    assert make("gpt2", dropout=0.1)[1].random
+    assert make("phimoe")[1].random, "noise in its router"
 
 
 def test_flops_count_only_chosen_experts() -> None:

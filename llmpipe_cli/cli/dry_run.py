@@ -20,6 +20,7 @@ def describe(plan: Plan, launcher: Launcher, spec: LaunchSpec) -> dict[str, Any]
 
     layout = plan.layout.model_dump() | {
         "partition": plan.partition,
+        "split_layers": list(plan.slice_plan["split"]),
         "micro_batch_size": plan.micro_batch_size,
         "num_micro_batches": plan.num_micro_batches,
         "schedule": plan.schedule,
@@ -52,9 +53,10 @@ def _lines(document: dict[str, Any]) -> list[str]:
 
     layout, partition = document["layout"], document["layout"]["partition"]
     bounds = " | ".join(f"{start}-{stop - 1}" for start, stop in itertools.pairwise(partition))
+    cut_inside = f", cut inside {', '.join(layout['split_layers'])}" if layout["split_layers"] else ""
     parts = f" in {layout['virtual_stages']} parts a stage" if layout["virtual_stages"] > 1 else ""
     lines = [
-        f"layout: {formats.layout(layout)}, segments {bounds}{parts}",
+        f"layout: {formats.layout(layout)}, segments {bounds}{parts}{cut_inside}",
         f"step: {layout['num_micro_batches']} micro-batches of {layout['micro_batch_size']} a replica, "
         f"schedule {layout['schedule']}",
     ]

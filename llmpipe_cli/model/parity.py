@@ -25,7 +25,8 @@ from llmpipe_cli.model.initialise import initialise
 from llmpipe_cli.model.skeleton import all_names, build_skeleton, replace_parameter
 from llmpipe_cli.model.slicing import SlicePlan, StageReplay, trace_config
 from llmpipe_cli.model.slicing.forward import forward_options
-from llmpipe_cli.model.slicing.trace import NotSliceableError
+from llmpipe_cli.model.slicing.split import splittable
+from llmpipe_cli.model.slicing.trace import NotSliceableError, trace_split
 from llmpipe_cli.model.stage import make_real, stage_parameters
 from llmpipe_cli.model.table import read_table
 from llmpipe_cli.model.tiny import NUM_LABELS, VOCAB_SIZE, tiny_config
@@ -134,6 +135,55 @@ def _check_once(model_type: str, task: str, attn_implementation: str, flags: tup
     changes: dict[str, Any] = dict(flags)
     with torch.random.fork_rng(devices=[]):
         return check_type(model_type, task, attn_implementation=attn_implementation, **changes)
+
+
+def splits_alike(config: PreTrainedConfig, task: str, *, attn_implementation: str = "auto") -> bool:
+    """Whether a model of this config may be cut inside its layers: by the table, else by `check_split` here and now."""
+    task = "causal-lm" if task == "chat" else task
+    flags = tuple(sorted(changed_flags(config).items()))
+    table = read_table()
+    row = table["tasks"].get(task, {}).get(config.model_type, {})
+    if table["transformers"] == transformers.__version__ and not flags and "split" in row:
+        return bool(row["split"])
+    return _check_split_once(config.model_type, task, attn_implementation, flags)
+
+
+@functools.lru_cache(maxsize=64)
+def _check_split_once(
+    model_type: str, task: str, attn_implementation: str, flags: tuple[tuple[str, bool], ...]
+) -> bool:
+    changes: dict[str, Any] = dict(flags)
+    with torch.random.fork_rng(devices=[]):
+        verdict = check_split(model_type, task, attn_implementation=attn_implementation, **changes)
+    if verdict.status == "differs":
+        logger.warning("%s is cut between layers only: on a tiny model cut inside them, %s", model_type, verdict.reason)
+    return verdict.status == "pass"
+
+
+def check_split(model_type: str, task: str, *, attn_implementation: str = "auto", **changes: Any) -> Verdict:
+    """Check one architecture cut inside every layer that can be, each part a stage alone; arguments as `check_type`.
+
+    `refused` means that it is cut between layers only.
+    """
+    try:
+        config = tiny_config(model_type, task, **changes)
+        cls = model_class(config, task)
+        model = tiny_model(config, task, attn_implementation=attn_implementation)
+        inputs = tiny_inputs(task, batch=_BATCH, sequence_len=_LENGTH)
+        expected = run_whole(model, inputs)
+        options: dict[str, Any] = {"sequence_len": _TRACE_LEN, "attn_implementation": attn_implementation}
+        whole = trace_config(cls, config, task, **options)
+        plan = trace_split(cls, config, task, whole, splittable(whole), **options)
+    except Exception as error:  # as in `check_type`
+        return Verdict("untested", _first_line(error))
+    if plan is None:
+        return Verdict("refused", "no place inside its layers is as cheap to cut at as between them")
+    try:
+        found = Pipeline(model, plan, list(range(1, plan.num_segments))).run(inputs)
+    except Exception as error:
+        return Verdict("differs", f"a stage fails: {_first_line(error)}")
+    reason = difference(found, expected)
+    return Verdict("differs" if reason else "pass", reason or "", str(model.config._attn_implementation))
 
 
 def changed_flags(config: PreTrainedConfig) -> dict[str, bool]:

@@ -2,6 +2,8 @@
 
 `table.json` beside this module is written by `benchmarks/models.py` (`make models`). A row has a `status` (see
 `parity.Verdict`), a `reason` where it is not `pass`, and the kinds of `attention` that were checked where it is.
+`split` says whether it may be cut inside its layers too (`parity.check_split`); rows without it are checked when a job
+is planned.
 """
 
 from __future__ import annotations

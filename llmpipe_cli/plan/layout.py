@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 from typing import Literal
 
-from llmpipe_cli.engine.schedules import SCHEDULES, Schedule
+from llmpipe_cli.engine.schedules import SCHEDULES, Placement
 from llmpipe_cli.errors import PreflightError, UsageError
 from llmpipe_cli.model.slicing.plan import SlicePlan
 from llmpipe_cli.plan.partition import balance_parts
@@ -159,18 +159,23 @@ def choose_schedule(
         chunks = SCHEDULES[name].chunks or 1
         if layout.pipeline * chunks > plan.num_segments or (chunks > 1 and isinstance(parallel.partition, list)):
             continue
-        seconds = _modelled_step(recipe, SCHEDULES[name], layout.pipeline, plan, num_micro_batches)
+        seconds = modelled_step(recipe, name, layout, plan, num_micro_batches)
         if seconds < shortest * (1.0 - _WORTHWHILE):
             best, shortest = name, seconds
     return best
 
 
-def _modelled_step(
-    recipe: Recipe, schedule: Schedule, num_stages: int, plan: SlicePlan, num_micro_batches: int
-) -> float:
+def placement_of(recipe: Recipe, layout: Layout, schedule: ScheduleName) -> Placement:
+    """Which stage holds which part of the model while it is trained by a schedule."""
+    chunks = SCHEDULES[schedule].chunks or recipe.parallel.num_chunks
+    return SCHEDULES[schedule].placement(layout.pipeline, chunks) if chunks > 1 else Placement(layout.pipeline)
+
+
+def modelled_step(recipe: Recipe, name: ScheduleName, layout: Layout, plan: SlicePlan, num_micro_batches: int) -> float:
     """Length of a step in FLOPs: a matrix product has the same work in its forward pass and in the gradients of its
     input and of its weight; attention has no weights, and twice its work in the backward pass."""
-    placement, sequence_len = schedule.placement(num_stages), recipe.data.sequence_len
+    schedule, num_stages, sequence_len = SCHEDULES[name], layout.pipeline, recipe.data.sequence_len
+    placement = placement_of(recipe, layout, name)
     bounds = balance_parts(plan.flops(sequence_len), placement)
     if isinstance(recipe.parallel.partition, list):
         bounds = [0, *itertools.accumulate(recipe.parallel.partition)]
@@ -182,4 +187,4 @@ def _modelled_step(
         costs.append(StageCosts(products + attention, products + 2.0 * attention, weights))
     transfer = _TRANSFER * sum(cost.forward for cost in costs) / num_stages
     count = min(num_micro_batches, _SIMULATED_MICRO_BATCHES * num_stages)
-    return simulate_schedule(schedule, costs, count, transfer).step
+    return simulate_schedule(schedule, costs, count, transfer, placement.num_chunks).step

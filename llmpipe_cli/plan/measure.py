@@ -81,7 +81,9 @@ def measure_profile(
     seen: list[list[_Seen]] | None = None
     if slice_plan.num_segments > 1:
         try:
-            seen = [_watch(model, example_inputs(config, task, 1, length), device) for length in (short, long)]
+            seen = [
+                _watch(model, slice_plan, example_inputs(config, task, 1, length), device) for length in (short, long)
+            ]
         except Exception as error:  # model code can fail in any way when values are missing
             logger.info("measuring %s without values failed: %s", cls.__name__, error)
     if seen is None or any(len(one) != slice_plan.num_segments for one in seen):
@@ -220,15 +222,16 @@ def _masked_dropout(values: Tensor, p: float = 0.5, training: bool = True, inpla
     return torch.native_dropout(values, p, True)[0]
 
 
-def _watch(model: PreTrainedModel, inputs: dict[str, Tensor], device: str) -> list[_Seen]:
+def _watch(model: PreTrainedModel, slice_plan: SlicePlan, inputs: dict[str, Tensor], device: str) -> list[_Seen]:
     """What each segment does in one forward pass."""
     recorder = _CostRecorder(model)
     with (
         _DeviceKernels(recorder, device),
         torch.autograd.graph.saved_tensors_hooks(recorder.keep, lambda tensor: tensor),
     ):
-        passed = run_forward(model, inputs, recorder)
-    return [_joined([recorder.seen[place] for place in cut.places]) for cut in cut_segments(passed.calls)]
+        passed = run_forward(model, inputs, recorder, slice_plan.split)
+    cuts = cut_segments(passed.calls, slice_plan.starts)
+    return [_joined([recorder.seen[place] for place in cut.places]) for cut in cuts]
 
 
 def _joined(parts: list[_Seen]) -> _Seen:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmpipe_cli.data.prepared import PreparedData
 from llmpipe_cli.engine.manifest import training_state
-from llmpipe_cli.engine.schedules import SCHEDULES, Placement
+from llmpipe_cli.engine.schedules import Placement
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.model.adapters import config_section, split_adapter
 from llmpipe_cli.model.auto import load_config, model_class, resolve_weights
@@ -23,13 +23,16 @@ from llmpipe_cli.model.parity import require_parity
 from llmpipe_cli.model.skeleton import build_skeleton
 from llmpipe_cli.model.slicing.trace import NotSliceableError, trace_config, whole_plan
 from llmpipe_cli.model.tensor.apply import check_division
+from llmpipe_cli.model.trainable import without_needless_gradients
 from llmpipe_cli.model.weights import weight_files
+from llmpipe_cli.plan.inner_cuts import is_worthwhile, may_split, split_plan
 from llmpipe_cli.plan.layout import (
     choose_layout,
     choose_micro_batch_size,
     choose_schedule,
     choose_zero_stage,
     is_roomy,
+    placement_of,
 )
 from llmpipe_cli.plan.learning import choose_learning
 from llmpipe_cli.plan.partition import balance_parts
@@ -122,8 +125,13 @@ def make_plan(
     micro_batch_size, num_micro_batches = choose_micro_batch_size(recipe, layout)
     schedule = choose_schedule(recipe, layout, slice_plan, num_micro_batches, roomy=roomy)
     # Evaluation and generation have nothing to gain from several parts a stage.
-    chunks = SCHEDULES[schedule].chunks or recipe.parallel.num_chunks if job in ("train", "bench") else 1
-    placement = SCHEDULES[schedule].placement(layout.pipeline, chunks) if chunks > 1 else Placement(layout.pipeline)
+    placement = placement_of(recipe, layout, schedule) if job in ("train", "bench") else Placement(layout.pipeline)
+    if may_split(recipe, job, layout, config, slice_plan):
+        finer = split_plan(recipe, cls, config, slice_plan, placement)
+        if finer is not None and learning.trainable is not None:
+            finer = without_needless_gradients(finer, learning.trainable)
+        if finer is not None and is_worthwhile(recipe, schedule, layout, slice_plan, finer, num_micro_batches):
+            slice_plan = finer
     bounds = _partition(recipe, placement, slice_plan.flops(recipe.data.sequence_len))
     resolved = recipe.model_copy(
         update={"train": recipe.train.model_copy(update={"micro_batch_size": micro_batch_size})}
@@ -146,7 +154,7 @@ def make_plan(
         micro_batch_size=micro_batch_size,
         num_micro_batches=num_micro_batches,
         schedule=schedule,
-        virtual_stages=chunks,
+        virtual_stages=placement.num_chunks,
         zero_stage=choose_zero_stage(recipe, layout),
         activation_checkpointing="none" if checkpointing == "auto" else checkpointing,
         device=device,

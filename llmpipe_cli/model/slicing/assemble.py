@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from transformers import PreTrainedModel
 
 from llmpipe_cli.model.skeleton import all_names
-from llmpipe_cli.model.slicing.cuts import find_layers
 from llmpipe_cli.model.slicing.forward import ForwardPass
 from llmpipe_cli.model.slicing.plan import Effect, LayerCall, Segment, SlicePlan
 from llmpipe_cli.model.slicing.walk import Cut, GraphWalk, cut_segments
 
 
-def assemble_plan(model: PreTrainedModel, seen: ForwardPass) -> SlicePlan:
+def assemble_plan(model: PreTrainedModel, seen: ForwardPass, starts: Collection[str] | None = None) -> SlicePlan:
     """The slice plan of `model`.
+
+    Args:
+        model: the model.
+        seen: one pass of its forward.
+        starts: modules whose calls begin a segment, see `cut_segments`.
 
     Raises:
         UsageError: a segment needs a value that cannot be carried to it.
     """
-    cuts = cut_segments(seen.calls)
+    cuts = cut_segments(seen.calls, starts)
     segment_of = {place: index for index, cut in enumerate(cuts) for place in cut.places}
     walker = GraphWalk(model, seen, cuts, segment_of)
     boundaries = walker.boundaries()
@@ -47,7 +53,9 @@ def assemble_plan(model: PreTrainedModel, seen: ForwardPass) -> SlicePlan:
             for index, call in enumerate(seen.calls)
         ),
         sides=tuple(walker.sides()),
-        layers=tuple(find_layers(model)),
+        layers=seen.layers,
+        split=seen.split,
+        random=seen.recorder.random,
         replicated=tuple(replicated),
         replicated_modules=tuple(replicated_modules),
         unused=unused,
@@ -65,8 +73,14 @@ def _segments(
         parameters = tuple(name for name in sizes if index in owners[name])
         operations = sum(seen.recorder.flops.get(place, 0.0) for place in cut.places)
         num_parameters = sum(sizes[name] for name in parameters)
-        segments.append(Segment(cut.name, cut.kind, parameters, num_parameters, operations / seen.num_tokens))
+        name = max(cut.modules, key=lambda module: _own_size(module, sizes), default=cut.name)
+        segments.append(Segment(name, cut.kind, parameters, num_parameters, operations / seen.num_tokens))
     return tuple(segments)
+
+
+def _own_size(module: str, sizes: dict[str, int]) -> int:
+    """Elements of a module's parameters."""
+    return sum(size for name, size in sizes.items() if name.startswith(f"{module}."))
 
 
 def _replicated_modules(seen: ForwardPass) -> list[str]:
@@ -89,7 +103,7 @@ def _adopt_unused(model: PreTrainedModel, owners: dict[str, set[int]], cuts: lis
     for name, _ in model.named_parameters():
         if name in owners:
             continue
-        own_layer = {i for i, cut in enumerate(cuts) if cut.kind == "layer" and name.startswith(f"{cut.name}.")}
+        own_layer = _calling(cuts, name)
         if own_layer:
             owners[name] = own_layer
         else:
@@ -104,6 +118,10 @@ def _saved_buffers(model: PreTrainedModel, cuts: list[Cut]) -> dict[str, int]:
     segments: dict[str, int] = {}
     for name, _ in model.named_buffers():
         if name in saved:
-            layers = [i for i, cut in enumerate(cuts) if cut.kind == "layer" and name.startswith(f"{cut.name}.")]
-            segments[name] = min(layers, default=0)
+            segments[name] = min(_calling(cuts, name), default=0)
     return segments
+
+
+def _calling(cuts: list[Cut], name: str) -> set[int]:
+    """The segments that call the layer, or the part of one, which a parameter or buffer lies in."""
+    return {i for i, cut in enumerate(cuts) if any(name.startswith(f"{module}.") for module in cut.modules)}

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from llmpipe_cli.model.slicing.recorder import draws_numbers
+
 CheckpointingMode = Literal["none", "full", "selective"]
 
 aten = torch.ops.aten
@@ -46,15 +48,7 @@ def layer_runner(mode: CheckpointingMode, model: nn.Module) -> Callable[..., Any
 def _policy(products: set[Any], context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     if func in products:
         return CheckpointPolicy.MUST_SAVE
-    if func._overloadpacket.__name__ in _FUSED_ATTENTION and not _draws_dropout(func, args, kwargs):
+    # attention with dropout has to run again: skipping it would leave the random state behind
+    if func._overloadpacket.__name__ in _FUSED_ATTENTION and not draws_numbers(func, args, kwargs):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _draws_dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Attention with dropout has to run again: skipping it would leave the random state behind."""
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.name == "dropout_p":
-            value = args[position] if position < len(args) else kwargs.get("dropout_p", argument.default_value)
-            return bool(value)
-    return False

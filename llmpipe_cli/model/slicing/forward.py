@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,17 +82,24 @@ class ForwardPass:
     clock: PlaceClock
     roots: list[Tensor]
     num_tokens: int
+    layers: tuple[str, ...]
+    """The modules whose calls are layer calls, in module order."""
+    split: tuple[str, ...]
+    """Layers that their inner modules stand for."""
 
 
-def run_forward(model: PreTrainedModel, inputs: dict[str, Any], recorder: Recorder | None = None) -> ForwardPass:
+def run_forward(
+    model: PreTrainedModel, inputs: dict[str, Any], recorder: Recorder | None = None, split: Collection[str] = ()
+) -> ForwardPass:
     """Run the forward once and note all layer calls, module calls and parameter uses.
 
     Args:
         model: the model.
         inputs: keyword arguments of its forward.
         recorder: one that notes more; else a plain one.
+        split: layers whose inner modules are taken for layers, see `cuts.find_layers`.
     """
-    layers = find_layers(model)
+    layers = find_layers(model, split)
     names = {id(model.get_submodule(name)): name for name in layers}
     recorder, clock = recorder or Recorder(model), PlaceClock()
     calls: list[LayerEvent] = []
@@ -154,7 +161,10 @@ def run_forward(model: PreTrainedModel, inputs: dict[str, Any], recorder: Record
     if not calls:
         raise UsageError("its forward never calls the layers found in it")
     first_input = next(iter(inputs.values()))
-    return ForwardPass(calls, glue_calls, recorder, clock, _roots_of(output), math.prod(first_input.shape[:2]))
+    num_tokens = math.prod(first_input.shape[:2])
+    return ForwardPass(
+        calls, glue_calls, recorder, clock, _roots_of(output), num_tokens, tuple(layers), tuple(sorted(split))
+    )
 
 
 def _refuse_without_gradient(call: LayerEvent) -> None:

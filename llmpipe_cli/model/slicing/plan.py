@@ -24,7 +24,8 @@ class Segment:
     """The smallest piece that a stage can consist of."""
 
     name: str
-    """The layer's module name, or "pre" (before all layers), "mid" (between two stacks), "post" (after all layers)."""
+    """The layer's module name, or "pre" (before all layers), "mid" (between two stacks), "post" (after all layers);
+    of a part of a layer the name of its largest module."""
     kind: SegmentKind
     parameters: tuple[str, ...]
     """Names of the parameters that the segment uses; a tied parameter stands in several segments."""
@@ -119,6 +120,15 @@ class SlicePlan:
     """Other names of the same parameter, by its first name."""
     buffers: dict[str, int] = field(default_factory=dict)
     """Segment of each buffer that a checkpoint contains."""
+    split: tuple[str, ...] = ()
+    """Layers that are several segments; the modules that they call stand for them in `layers` and `calls`."""
+    random: bool = False
+    """Whether the forward draws random numbers: dropout, noise in a router."""
+
+    @property
+    def starts(self) -> frozenset[str]:
+        """The modules at whose calls a segment begins."""
+        return frozenset(self.calls[boundary.call].module for boundary in self.boundaries if boundary.at == "call")
 
     @property
     def num_segments(self) -> int:
@@ -214,6 +224,8 @@ class SlicePlan:
             unused=tuple(value["unused"]),
             ties={name: tuple(aliases) for name, aliases in value["ties"].items()},
             buffers=dict(value["buffers"]),
+            split=tuple(value.get("split", ())),
+            random=value.get("random", False),
         )
 
 

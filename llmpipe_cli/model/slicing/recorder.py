@@ -72,6 +72,7 @@ class Recorder(TorchDispatchMode):
     Attributes:
         uses: places in which each parameter (by first name) was used.
         flops: floating-point operations by place.
+        random: whether an operation drew random numbers.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -79,6 +80,7 @@ class Recorder(TorchDispatchMode):
         self.place = 0
         self.uses: dict[str, set[int]] = defaultdict(set)
         self.flops: dict[int, float] = defaultdict(float)
+        self.random = False
         self._names = {_storage_key(parameter): name for name, parameter in model.named_parameters()}
         self._derived: dict[int, Any] = {}  # storages computed from parameters, kept alive so that keys stay unique
 
@@ -104,10 +106,21 @@ class Recorder(TorchDispatchMode):
             for leaf in tree_leaves(result):
                 if isinstance(leaf, Tensor):
                     self._derived[_storage_key(leaf)] = leaf.untyped_storage()
+        self.random = self.random or draws_numbers(func, args, kwargs)
         count: Any = flop_registry.get(func._overloadpacket) or _MORE_COUNTS.get(func._schema.name)
         if count is not None:
             self.flops[self.place] += count(*args, **kwargs, out_val=result)
         return result
+
+
+def draws_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation draws random numbers; fused attention does so only where it drops probabilities."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            return bool(args[position] if position < len(args) else kwargs.get("dropout_p", argument.default_value))
+    return True
 
 
 def _storage_key(tensor: Tensor) -> int:

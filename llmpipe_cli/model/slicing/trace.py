@@ -7,6 +7,7 @@ What crosses each cut is read from its autograd graph (`walk`), and put together
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from llmpipe_cli.model.slicing.assemble import assemble_plan
 from llmpipe_cli.model.slicing.cuts import find_glue, find_layers
 from llmpipe_cli.model.slicing.forward import run_forward
 from llmpipe_cli.model.slicing.plan import Segment, SlicePlan
+from llmpipe_cli.model.slicing.split import assemble_split
 from llmpipe_cli.model.slicing.walk import cut_segments
 
 logger = logging.getLogger(__name__)
@@ -88,9 +90,36 @@ def trace_config(
     if sequence_len is not None:
         _check_length(model, sequence_len)
     plan = _trace_skeleton(model, example_inputs(config, task, 2, min(_TRACE_LEN, _max_positions(config))))
-    return _count_operations(
-        model, plan, config, task, min(sequence_len or _MAX_COUNTED_LEN, _MAX_COUNTED_LEN, _max_positions(config))
-    )
+    return _count_operations(model, plan, config, task, _counted_len(config, sequence_len))
+
+
+def trace_split(
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    task: str,
+    plan: SlicePlan,
+    layers: Collection[str],
+    *,
+    sequence_len: int | None = None,
+    attn_implementation: str = "auto",
+) -> SlicePlan | None:
+    """The slice plan of a model in which some layers are several segments; None if none of them can be cut inside.
+
+    Args:
+        plan: its plan with whole layers, as `trace_config` finds it with the same other arguments.
+        layers: layers to split, of those that `split.splittable` names.
+    """
+    attention = "sdpa" if attn_implementation.startswith("flash") else attn_implementation
+    model = build_skeleton(cls, config, attn_implementation=attention)
+    inputs = example_inputs(config, task, 2, min(_TRACE_LEN, _max_positions(config)))
+    try:
+        found = assemble_split(model, inputs, plan, layers)
+    except Exception as error:  # model code can fail in any way when values are missing; whole layers remain
+        logger.info("%s is cut between layers only: %s", cls.__name__, error)
+        return None
+    if found is None:
+        return None
+    return _count_operations(model, found, config, task, _counted_len(config, sequence_len))
 
 
 def trace_decoder(cls: type[PreTrainedModel], config: PreTrainedConfig) -> SlicePlan:
@@ -173,6 +202,11 @@ def _max_positions(config: PreTrainedConfig) -> int:
     return max(min((length for length in lengths if isinstance(length, int) and length > 0), default=2**16) - 2, 4)
 
 
+def _counted_len(config: PreTrainedConfig, sequence_len: int | None) -> int:
+    """The length near which operations are counted."""
+    return min(sequence_len or _MAX_COUNTED_LEN, _MAX_COUNTED_LEN, _max_positions(config))
+
+
 def _fill_with_zeros(model: nn.Module) -> None:
     """Give every parameter zeros: a small model real ones, a large model one zero in memory for each parameter."""
     small = sum(parameter.numel() for parameter in model.parameters()) <= _MAX_REAL_ELEMENTS
@@ -201,8 +235,11 @@ def _count_operations(
 def _operations(model: PreTrainedModel, plan: SlicePlan, inputs: dict[str, Tensor]) -> list[float]:
     """Operations of each segment in one forward."""
     try:
-        seen = run_forward(model, inputs)
+        seen = run_forward(model, inputs, split=plan.split)
     except Exception:  # as above; an estimate is enough
         num_tokens = next(iter(inputs.values())).numel()
         return [2.0 * segment.num_parameters * num_tokens for segment in plan.segments]
-    return [sum(seen.recorder.flops.get(place, 0.0) for place in cut.places) for cut in cut_segments(seen.calls)]
+    return [
+        sum(seen.recorder.flops.get(place, 0.0) for place in cut.places)
+        for cut in cut_segments(seen.calls, plan.starts)
+    ]

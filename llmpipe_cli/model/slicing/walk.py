@@ -9,6 +9,7 @@ through that. Anything else means that the model cannot be cut there.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -23,22 +24,32 @@ from llmpipe_cli.model.slicing.plan import Boundary, Carried, SegmentKind, SideV
 
 @dataclass
 class Cut:
-    """A segment while the plan is made: its kind, its places and the boundary before it."""
+    """A segment while the plan is made: its kind, its places, the boundary before it and the modules called in it."""
 
     kind: SegmentKind
     name: str
     places: tuple[int, ...]
     at: Literal["call", "return"] = "call"
     call: int = 0
+    modules: tuple[str, ...] = ()
 
 
-def cut_segments(calls: list[LayerEvent]) -> list[Cut]:
-    """The segments in order: one a layer call, and one before, between and after the stacks."""
+def cut_segments(calls: list[LayerEvent], starts: Collection[str] | None = None) -> list[Cut]:
+    """The segments in order: one a layer call, and one before, between and after the stacks.
+
+    Args:
+        calls: the layer calls.
+        starts: modules whose calls begin a segment; other calls belong to the segment before. None: all do.
+    """
     cuts = [Cut("pre", "pre", (0,))]
     for index, call in enumerate(calls):
         last_of_stack = index + 1 == len(calls) or calls[index + 1].stack != call.stack
         places = (2 * index + 1,) if last_of_stack else (2 * index + 1, 2 * index + 2)
-        cuts.append(Cut("layer", call.module, places, "call", index))
+        if starts is None or call.module in starts:
+            cuts.append(Cut("layer", call.module, places, "call", index, (call.module,)))
+        else:
+            begun = cuts[-1]
+            cuts[-1] = replace(begun, places=begun.places + places, modules=(*begun.modules, call.module))
         if last_of_stack:
             kind: SegmentKind = "post" if index + 1 == len(calls) else "mid"
             cuts.append(Cut(kind, kind, (2 * index + 2,), "return", index))
