@@ -56,6 +56,7 @@ def train(folder: Path, name: str) -> Path:
 
 def main() -> None:
     """Measure, predict, print."""
+    from llmpipe_cli.cluster.devices import local_devices
     from llmpipe_cli.plan.calibration import planned_candidate
     from llmpipe_cli.plan.plan import Plan
     from llmpipe_cli.plan.propose import machines_for
@@ -63,12 +64,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
+    if local_devices().kind == "cpu":
+        raise SystemExit("this machine has no GPU; for processors there is benchmarks/tracked_memory.py")
     folder.mkdir(parents=True, exist_ok=True)
     for name in RECIPES:
         run = train(folder, name)
         plan = Plan.load(run / "plan.json")
-        if plan.device == "cpu":
-            raise SystemExit("this machine has no GPU; for processors there is benchmarks/tracked_memory.py")
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         measured = max(line["memory_bytes"][0] for line in lines if "event" not in line)
         cluster = machines_for(plan)

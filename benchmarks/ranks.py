@@ -3,7 +3,7 @@
 `Ranks` starts them and gives them plans; ``python benchmarks/ranks.py`` is such a process. It reads a line of JSON a
 plan from its standard input, runs llmpipe's own worker with it, and answers with a line. Asked to track, it answers
 with the most bytes of tensors that were alive at once during a training step, as PyTorch's allocator reported every
-allocation and release to the profiler: exact, and the same in every repetition.
+allocation and release to the profiler.
 """
 
 from __future__ import annotations

@@ -50,9 +50,11 @@ def load_plain(directory: Path) -> PreTrainedModel:
         raise UsageError("these are LoRA adapters, not a whole model", where=str(directory), hint=hint)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if config.get("quantization_config"):
-        raise UsageError("this model is quantized already", where=str(directory))
+        hint = "give the checkpoint that it was made from"
+        raise UsageError("this model is quantized already", where=str(directory), hint=hint)
     if not any(directory.glob("*.safetensors")):
-        raise UsageError("there are no weights in safetensors files here", where=str(directory))
+        hint = "give a checkpoint of llmpipe, or a model that save_pretrained wrote"
+        raise UsageError("there are no weights in safetensors files here", where=str(directory), hint=hint)
     return _load(directory)
 
 
@@ -60,8 +62,9 @@ def _load(directory: Path) -> PreTrainedModel:
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     name = (config.get("architectures") or [""])[0]
     cls = getattr(transformers, name, None)
-    if cls is None:
-        raise UsageError(f"transformers has no class {name!r} for this model", where=str(directory))
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        hint = "its config.json names the class under `architectures`"
+        raise UsageError(f"transformers has no model class {name!r}", where=str(directory), hint=hint)
     with no_progress_bar():
         return cls.from_pretrained(directory, use_safetensors=True).eval()
 
@@ -73,7 +76,8 @@ def check_out(out: Path) -> None:
         UsageError: it does.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError("this is where the model should go, and it is not empty", where=str(out))
+        hint = "give a folder that does not exist yet"
+        raise UsageError("this is where the model should go, and it is not empty", where=str(out), hint=hint)
 
 
 def save_plain(model: PreTrainedModel, source: Path, out: Path) -> None:

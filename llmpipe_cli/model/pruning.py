@@ -98,7 +98,10 @@ def prune_mlp(model: PreTrainedModel, share: float) -> tuple[int, int]:
     width = widths.pop()
     kept = max(_NEURON_MULTIPLE, round(width * (1 - share) / _NEURON_MULTIPLE) * _NEURON_MULTIPLE)
     if kept >= width:
-        raise UsageError(f"{share:g} of {width} neurons is less than the {_NEURON_MULTIPLE} that go together")
+        raise UsageError(
+            f"{share:g} of {width} neurons is less than the {_NEURON_MULTIPLE} that go together",
+            hint=f"prune {_NEURON_MULTIPLE / width:.2g} or more of them",
+        )
     for block in blocks:
         chosen = _strengths(block).topk(kept).indices.sort().values
         for layer in block.ins:
@@ -199,7 +202,8 @@ def prune_heads(model: PreTrainedModel, share: float) -> tuple[int, int]:
     kept = max(1, round(num_groups * (1 - share)))
     if kept >= num_groups:
         what = "heads" if num_groups == num_heads else "groups of heads with one key and value"
-        raise UsageError(f"{share:g} of {num_groups} {what} is less than one")
+        hint = f"prune {1 / num_groups:.2g} or more of them" if num_groups > 1 else "the last one cannot be removed"
+        raise UsageError(f"{share:g} of {num_groups} {what} is less than one", hint=hint)
     head_dim = rows(blocks[0].query).shape[0] // num_heads
     sets = _sharing_a_bias(blocks)
     for members in sets:
@@ -240,7 +244,10 @@ def prune_weights(model: PreTrainedModel, share: float) -> tuple[float, float]:
         and id(module.weight) not in kept
     ]
     if not layers:
-        raise UsageError(f"this {model.config.model_type} model has no linear layers to prune")
+        raise UsageError(
+            f"this {model.config.model_type} model has no linear layers to prune",
+            hint=f"pruned are those of at least {_SMALLEST_SIDE} rows and columns whose weights are not shared",
+        )
     before = _share_of_zeros(layers)
     for layer in layers:
         prune.l1_unstructured(layer, "weight", amount=share)

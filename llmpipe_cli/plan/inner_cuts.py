@@ -11,6 +11,8 @@ cut between layers only.
 
 from __future__ import annotations
 
+import logging
+
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmpipe_cli.engine.schedules import Placement
@@ -23,29 +25,37 @@ from llmpipe_cli.plan.partition import balance_parts
 from llmpipe_cli.plan.plan import Job, Layout, ScheduleName
 from llmpipe_cli.recipe.schema import Recipe
 
+logger = logging.getLogger(__name__)
+
 _WORTHWHILE = 0.02
 """Share of the modelled step that a cut inside a layer has to save."""
 _SLIVERS = 6  # pieces that a layer is thought to consist of where its best cut is looked for
 
 
 def may_split(recipe: Recipe, job: Job, layout: Layout, config: PreTrainedConfig, plan: SlicePlan) -> bool:
-    """Whether layers may be cut at all.
+    """Whether layers may be cut at all; where the recipe asks for it in vain, a warning says why."""
+    if recipe.parallel.split_layers != "auto" or job not in ("train", "bench") or layout.pipeline == 1:
+        return False
+    reason = _why_whole(recipe, layout, config, plan)
+    if reason is not None:
+        logger.warning("parallel.split_layers: layers stay whole, %s", reason)
+    return reason is None
 
-    Not where the user says how many layers a stage has; where something else works on whole layers (tensor shards,
-    adapters, checkpointing, an encoder-decoder model that generates); and not where random numbers are drawn.
-    """
+
+def _why_whole(recipe: Recipe, layout: Layout, config: PreTrainedConfig, plan: SlicePlan) -> str | None:
+    """What keeps layers whole: the user says what a stage has, something else works on whole layers (tensor shards,
+    adapters, checkpointing, an encoder-decoder model that generates), or random numbers are drawn."""
     parallel = recipe.parallel
-    return (
-        parallel.split_layers == "auto"
-        and parallel.partition == "auto"
-        and parallel.activation_checkpointing in ("auto", "none")
-        and job in ("train", "bench")
-        and layout.pipeline > 1
-        and layout.tensor == 1
-        and recipe.lora is None
-        and not config.is_encoder_decoder
-        and not plan.random
-    )
+    reasons = {
+        "since parallel.partition says what a stage has": parallel.partition != "auto",
+        "since activation checkpointing works on whole layers": parallel.activation_checkpointing
+        not in ("auto", "none"),
+        "since tensor shards divide whole layers": layout.tensor > 1,
+        "since LoRA adapts whole layers": recipe.lora is not None,
+        "as in all encoder-decoder models": config.is_encoder_decoder,
+        "since dropout is seeded by segment": plan.random,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def split_plan(

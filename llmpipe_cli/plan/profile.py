@@ -154,7 +154,7 @@ class ModelProfile:
         segments: in order.
         dtype: "fp32", "bf16" or "fp16": what the bytes above are for.
         measured_on: "cuda" or "cpu": whose kernels the profile describes.
-        divisible: numbers that tensor shards are to divide (heads, key-value heads, intermediate size);
+        divisible: numbers that tensor shards are to divide (heads first, key-value heads, intermediate size);
             empty when the model cannot be divided.
     """
 

@@ -229,7 +229,7 @@ def choices(job: Job, refused: Counter[str]) -> Iterator[Choice]:
     """Every combination that the recipe, the model and the devices allow."""
     pins, cluster, segments = job.pins, job.cluster, len(job.profile.segments)
     devices = cluster.num_devices
-    for tensor in _tensors(job):
+    for tensor in _tensors(job, refused):
         for pipeline in range(1, min(segments, devices // tensor) + 1) if pins.pipeline is None else (pins.pipeline,):
             if pipeline > segments:
                 refused[f"{pipeline} stages, but the model has {segments} segments"] += 1
@@ -269,12 +269,19 @@ def _batches(job: Job, pipeline: int, tensor: int, data: int, refused: Counter[s
                 yield Choice(pipeline, tensor, data, size, samples // size, schedule, zero, checkpointing)
 
 
-def _tensors(job: Job) -> list[int]:
-    if job.pins.tensor is not None:
-        return [job.pins.tensor]
+def _tensors(job: Job, refused: Counter[str]) -> list[int]:
+    pinned, divisible = job.pins.tensor, job.profile.divisible
+    if pinned is not None:
+        # Key-value heads and intermediate sizes that do not divide are trained all the same, at a cost.
+        if pinned > 1 and not divisible:
+            refused["this model cannot be divided over tensor shards"] += 1
+            return []
+        if pinned > 1 and divisible[0] % pinned:
+            refused[f"{pinned} tensor shards cannot share {divisible[0]} heads evenly"] += 1
+            return []
+        return [pinned]
     most = min(job.most_tensor, job.cluster.devices_per_node)
     sizes = [1, *(size for size in (2, 4, 8, 16) if size <= most and job.cluster.devices_per_node % size == 0)]
-    divisible = job.profile.divisible
     return [size for size in sizes if size == 1 or (divisible and all(number % size == 0 for number in divisible))]
 
 
@@ -556,13 +563,7 @@ def why_not(candidate: Candidate) -> str:
     """Why a layout does not fit, with the numbers."""
     stage = max(range(len(candidate.memory)), key=lambda i: candidate.memory[i].total / candidate.capacity[i])
     need, limit = candidate.memory[stage], candidate.capacity[stage]
-    parts = {
-        "weights": need.weights,
-        "gradients": need.gradients,
-        "optimizer state": need.optimizer,
-        "activations": need.activations,
-        "buffers": need.buffers,
-    }
+    parts = need.parts()
     largest = max(parts, key=lambda name: parts[name])
     return (
         f"stage {stage} needs {need.total / GIB:.1f} GiB ({largest}: {parts[largest] / GIB:.1f} GiB), "
