@@ -5,6 +5,9 @@
     python benchmarks/compare.py --resume --output docs/benchmarks.md             # then what is missing, and write
     python benchmarks/compare.py --sections main --launches 1 --systems llmpipe-zb-h1,llmpipe-zb-v   # a short look
 
+`llmpipe-zb-h2-split` and the like, which only take part where they are named, are llmpipe with stages that may begin
+inside a layer.
+
 Each launch starts two processes of one thread; in each round every system does one optimizer step, those that only
 complete the picture in every third round of the first launch. Speeds drift on a busy machine, so systems are compared
 round by round: the reported ratio is the median over all rounds of all launches that both took part in, with the
@@ -60,9 +63,13 @@ LABELS = {
     "llmpipe-zb-h2": "**llmpipe**, ZB-H2",
     "llmpipe-zb-v": "**llmpipe**, ZB-V",
 }
-UNRECORDED = "-unrecorded"
+UNRECORDED = "-unrecorded"  # suffix: without a timeline
+SPLIT = "-split"  # suffix: `parallel.split_layers: auto`
 RECORDING = ("llmpipe-zb-h1", "llmpipe-zb-h1" + UNRECORDED)
-MAIN = ("independent", "torch", "torch-zbv", "deepspeed", "llmpipe-zb-h1", "llmpipe-zb-h2", "llmpipe-zb-v")
+MAIN = (
+    "independent", "torch", "torch-interleaved", "torch-zbv", "deepspeed",
+    "llmpipe-interleaved", "llmpipe-zb-h1", "llmpipe-zb-h2", "llmpipe-zb-v",
+)  # fmt: skip
 TORCH = ("torch", "torch-interleaved", "torch-zbv")
 KINDS = ("wall", "cpu", "simulated")
 EVERY = 3  # rounds from one step to the next of the systems that only complete the picture
@@ -259,7 +266,11 @@ def _plan(folder: Path, work: Work, name: str) -> Plan:
                 "lr_scheduler_type": "constant",
                 "max_grad_norm": work.max_grad_norm,
             },
-            "parallel": {"pipeline": 2, "schedule": name.removeprefix("llmpipe-").removesuffix(UNRECORDED)},
+            "parallel": {
+                "pipeline": 2,
+                "schedule": name.removeprefix("llmpipe-").removesuffix(UNRECORDED).removesuffix(SPLIT),
+                "split_layers": "auto" if name.endswith(SPLIT) else False,
+            },
         }
     )
     data = prepare(recipe, folder, folder / "cache")
@@ -294,9 +305,10 @@ def _speeds(wall: Seconds, work: Work) -> Seconds:
 
 
 def _best_of_torch(speeds: Seconds) -> str | None:
-    """torch.distributed.pipelining's fastest schedule here."""
-    present = [name for name in TORCH if name in speeds]
-    return max(present, key=lambda name: statistics.median(_measured(speeds[name])), default=None)
+    """torch.distributed.pipelining's fastest schedule of those that took part most often."""
+    counts = {name: len(_measured(speeds[name])) for name in TORCH if name in speeds}
+    often = [name for name, count in counts.items() if count == max(counts.values())]
+    return max(often, key=lambda name: statistics.median(_measured(speeds[name])), default=None)
 
 
 def _section_text(result: Result) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -204,10 +205,12 @@ def test_fewer_weights(kind: str, tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     gpt2, bert = make("gpt2", tmp_path), make("bert", tmp_path)
-    adapters, pickled = tmp_path / "adapters", tmp_path / "pickled"
+    adapters, pickled, stranger = tmp_path / "adapters", tmp_path / "pickled", tmp_path / "stranger"
     for folder, name in ((adapters, "adapter_config.json"), (pickled, "config.json")):
         folder.mkdir()
         (folder / name).write_text("{}")
+    shutil.copytree(gpt2, stranger)
+    (stranger / "config.json").write_text('{"architectures": ["pipeline"]}')  # transformers has it, and it is no model
     out = str(tmp_path / "out")
     for arguments, words in [
         ([str(gpt2), out], "nothing to do"),
@@ -221,6 +224,7 @@ def test_refusals(tmp_path: Path) -> None:
         ([str(gpt2), out, "--prune-weights", "0"], "between 0 and 1"),
         ([str(adapters), out, "--quantize", "int8"], "LoRA adapters"),
         ([str(pickled), out, "--prune-mlp", "0.5"], "safetensors"),
+        ([str(stranger), out, "--prune-mlp", "0.5"], "no model class 'pipeline'"),
     ]:
         result = CliRunner().invoke(app, ["compress", *arguments])
         assert isinstance(result.exception, UsageError), (arguments, result.exception)

@@ -170,14 +170,22 @@ def test_pins_are_kept_and_reported_even_if_nothing_fits() -> None:
 
 
 def test_impossible_layouts_are_refused() -> None:
-    job = Job(_profile(4), _cluster(1, 4), 64, 1024, pins=Pins(pipeline=16))
-    found = search(job)
-    assert not found.best
-    assert not found.unfit
-    error = refusal(job, found)
-    assert error.exit_code == 2
-    assert "16 stages" in error.message
-    assert "this would fit" in (error.hint or "")
+    undivided = replace(_profile(4), divisible=())
+    for profile, pins, words in [
+        (_profile(4), Pins(pipeline=16), "16 stages"),
+        (_profile(4), Pins(tensor=3), "3 tensor shards cannot share"),
+        (undivided, Pins(tensor=2), "cannot be divided"),
+        (_profile(4), Pins(data=3), "cannot be dealt to 3 replicas"),
+        (_profile(4), Pins(micro_batch_size=7), "no multiple of micro_batch_size 7"),
+    ]:
+        job = Job(profile, _cluster(1, 4), 64, 1024, pins=pins)
+        found = search(job)
+        assert not found.best
+        assert not found.unfit
+        error = refusal(job, found)
+        assert error.exit_code == 2
+        assert words in error.message
+        assert "this would fit" in (error.hint or "")
 
 
 def test_checkpointing_and_shards_save_memory() -> None:
