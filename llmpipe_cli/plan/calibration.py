@@ -97,7 +97,9 @@ def read_links(path: Path) -> Calibration:
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as JSON", where="--calibrate") from error
+        reason = error.strerror if isinstance(error, OSError) else "not JSON"
+        hint = "give the folder of a bench run, or a file of links that doctor measured"
+        raise UsageError(f"{path} cannot be read: {reason}", where="--calibrate", hint=hint) from error
     return links_of(values, str(path))
 
 

@@ -189,7 +189,7 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 
 def _device(value: Any, where: str) -> Device:
     if isinstance(value, str):
-        return find_device(value)
+        return find_device(value, where)
     fields = _mapping(value, f"{where}: device")
     known = {"name", "memory_gb", "fp32_tflops", "bf16_tflops", "fp16_tflops", "memory_gbps"}
     for key in fields:

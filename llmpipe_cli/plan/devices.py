@@ -135,8 +135,8 @@ DEVICES: dict[str, Device] = {
 }  # fmt: skip
 
 
-def find_device(name: str) -> Device:
-    """The device of this name in the table.
+def find_device(name: str, where: str = "device") -> Device:
+    """The device of this name in the table; `where` it was asked for.
 
     Raises:
         UsageError: there is none.
@@ -144,7 +144,7 @@ def find_device(name: str) -> Device:
     if name not in DEVICES:
         raise UsageError(
             f"no device is called {name!r}",
-            where="device",
+            where=where,
             hint=f"one of {', '.join(DEVICES)}, or a mapping with memory_gb, bf16_tflops, fp16_tflops, fp32_tflops and "
             "memory_gbps",
         )
