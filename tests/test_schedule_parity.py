@@ -128,6 +128,7 @@ def test_schedule(name: str, num_stages: int, num_micro_batches: int, references
     [
         ("1f1b", 2, {}, "fp32"),
         ("zb-v", 2, {}, "fp32"),
+        ("zb-h2", 3, {}, "fp32"),
         ("zb-h1", 2, {"zero_stage": 1, "data": 2}, "fp32"),
         ("zb-h1", 2, {}, "bf16"),
     ],
