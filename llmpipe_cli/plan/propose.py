@@ -139,19 +139,12 @@ def recipe_profile(recipe: Recipe, device: str = "cuda") -> ModelProfile:
     config = load_config(config_section(section, adapter), recipe.task, vocab_size=vocab_size)
     cls = model_class(config, recipe.task)
     attention = section.attn_implementation
+    kernels: dict[str, Any] = {"dtype": recipe.model.dtype, "attn_implementation": attention, "device": device}
     if recipe.lora is None and not recipe.train.freeze and not recipe.train.trainable:
         short = _shortened(config)
         if short is not None:
             slice_plan = trace_config(cls, short, recipe.task, attn_implementation=attention)
-            few = measure_profile(
-                cls,
-                short,
-                recipe.task,
-                slice_plan,
-                dtype=recipe.model.dtype,
-                attn_implementation=attention,
-                device=device,
-            )
+            few = measure_profile(cls, short, recipe.task, slice_plan, **kernels)
             whole = few.stretched(config.num_hidden_layers)
             if whole is not None:
                 return whole
@@ -168,16 +161,7 @@ def recipe_profile(recipe: Recipe, device: str = "cuda") -> ModelProfile:
         trainable = []  # the adapters are small beside what is frozen
     elif recipe.train.freeze or recipe.train.trainable:
         trainable = choose_learning(recipe, "train", cls, config, slice_plan, section, None, None).trainable
-    return measure_profile(
-        cls,
-        config,
-        recipe.task,
-        slice_plan,
-        dtype=recipe.model.dtype,
-        attn_implementation=attention,
-        trainable=trainable,
-        device=device,
-    )
+    return measure_profile(cls, config, recipe.task, slice_plan, trainable=trainable, **kernels)
 
 
 def _shortened(config: Any) -> Any | None:
