@@ -13,6 +13,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,19 +111,38 @@ def _tracked(work: Any) -> tuple[int, int]:
             code = work()
     finally:
         setattr(Trainer, "step", own_step)  # noqa: B010
-    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    results = profiler.profiler.kineto_results
     steps = [
         (event.start_ns(), event.start_ns() + event.duration_ns())
-        for event in events
+        for event in results.events()
         if event.name() == "training step"
     ]
+    own: set[int] = set()
     alive = peak = 0
-    for event in events:
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            if any(begin <= event.start_ns() <= end for begin, end in steps):
-                peak = max(peak, alive)
+    for moment, address, num_bytes in sorted(_allocations(results), key=lambda each: each[0]):
+        # What an earlier job of this process left behind may be released now; it was never counted.
+        if num_bytes > 0:
+            own.add(address)
+        elif address not in own:
+            continue
+        else:
+            own.remove(address)
+        alive += num_bytes
+        if any(begin <= moment <= end for begin, end in steps):
+            peak = max(peak, alive)
     return code, peak
+
+
+def _allocations(results: Any) -> Iterator[tuple[int, int, int]]:
+    """Nanosecond, address and bytes of every allocation; a release has negative bytes."""
+    from torch._C._profiler import _EventType
+
+    events = list(results.experimental_event_tree())
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.tag == _EventType.Allocation:
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
 
 
 def main() -> None:

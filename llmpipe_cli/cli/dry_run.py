@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 def describe(plan: Plan, launcher: Launcher, spec: LaunchSpec) -> dict[str, Any]:
     """What would be started, as ``--dry-run --json`` prints it; secrets are left out."""
     from llmpipe_cli.engine.config import deepspeed_config
+    from llmpipe_cli.model.slicing.plan import SlicePlan
 
     layout = plan.layout.model_dump() | {
         "partition": plan.partition,
-        "split_layers": list(plan.slice_plan["split"]),
+        "split_layers": SlicePlan.from_json(plan.slice_plan).cut_inside(plan.partition),
         "micro_batch_size": plan.micro_batch_size,
         "num_micro_batches": plan.num_micro_batches,
         "schedule": plan.schedule,

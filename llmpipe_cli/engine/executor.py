@@ -154,7 +154,7 @@ class StageExecutor:
             elif kind == "W":
                 self._compute_weight_gradients((chunk, position))
             else:
-                self._backward((chunk, position))
+                self._backward((chunk, position), whole=kind == "B")
                 if kind == "B":
                     self._compute_weight_gradients((chunk, position))
             self.recorder.end()
@@ -205,8 +205,11 @@ class StageExecutor:
             self._outputs[chunk, position] = output
             self.peak_activations = max(self.peak_activations, len(self._outputs) + len(self._postponed))
 
-    def _backward(self, key: Key) -> None:
+    def _backward(self, key: Key, whole: bool) -> None:
+        """The gradients of a micro-batch's inputs, and with `whole` those of the weights where that can be at once."""
         ends = self._chunks[key[0]]
+        if self._weight_gradients is not None:
+            self._weight_gradients.at_once = whole
         carry, output = self._inputs.pop(key), self._outputs.pop(key)
         gradients = ends.gradients_in.receive() if ends.gradients_in is not None else None
         self.recorder.arrived()

@@ -9,9 +9,9 @@ micro_batch_size auto -> the largest divisor of the samples a replica and step, 
           four micro-batches a stage (fewer stay idle that way: the bubble of 1F1B is (p - 1) / (m + p - 1))
 zero_stage auto -> 1 with bf16 or fp16 (which need it) or with several replicas, else 0
 activation_checkpointing auto -> none
-schedule  auto -> the shortest step of 1f1b, zb-h1, zb-h2 and zb-v, played through with times modelled by FLOPs; zb-h2
-          only where its activations fit (`plan.resolve.make_plan_on`); 1f1b with one stage or with activation
-          checkpointing (whose recomputed activations postponed weight gradients would keep alive)
+schedule  auto -> the shortest step of 1f1b, zb-h1, zb-h2 and zb-v, played through with times modelled by FLOPs
+          (`plan.cuts`); zb-h2 only where its activations fit (`plan.resolve.make_plan_on`); 1f1b with one stage or with
+          activation checkpointing (whose recomputed activations postponed weight gradients would keep alive)
 """
 
 from __future__ import annotations
@@ -123,9 +123,6 @@ def choose_zero_stage(recipe: Recipe, layout: Layout) -> Literal[0, 1]:
 _CANDIDATES: tuple[ScheduleName, ...] = ("1f1b", "zb-h1", "zb-h2", "zb-v")
 # Those that keep more activations on a stage than 1F1B does on its first.
 _ROOMY: frozenset[ScheduleName] = frozenset(("zb-h2",))
-# Share of the step that a less simple schedule has to save: passes through half a stage take a little more than half
-# (measured: 1.4 % saved over ZB-H1 where 3.2 % were simulated).
-_WORTHWHILE = 0.02
 _TRANSFER = 0.03  # a transfer's time, as a share of a stage's mean forward pass
 _SIMULATED_MICRO_BATCHES = 8  # a stage; more of them change no order between the candidates
 
@@ -135,34 +132,29 @@ def is_roomy(schedule: ScheduleName) -> bool:
     return schedule in _ROOMY
 
 
-def choose_schedule(
-    recipe: Recipe, layout: Layout, plan: SlicePlan, num_micro_batches: int, *, roomy: bool = False
-) -> ScheduleName:
-    """Order of forward and backward passes; auto plays the candidates through with times modelled by FLOPs.
+def candidate_schedules(
+    recipe: Recipe, layout: Layout, num_segments: int, *, roomy: bool = False
+) -> tuple[ScheduleName, ...]:
+    """Orders of forward and backward passes to choose from, the simplest first; the recipe's alone if it names one.
 
     Args:
         recipe: the recipe.
         layout: the layout.
-        plan: how the model is cut into segments, with their costs.
-        num_micro_batches: micro-batches of a step and replica.
-        roomy: auto may take schedules that keep more activations than 1F1B.
+        num_segments: pieces that the model can be cut into.
+        roomy: schedules that keep more activations than 1F1B are among them.
     """
     parallel = recipe.parallel
     if parallel.schedule != "auto":
-        return parallel.schedule
+        return (parallel.schedule,)
     if layout.pipeline == 1 or parallel.activation_checkpointing in ("selective", "full"):
-        return "1f1b"
-    best, shortest = _CANDIDATES[0], float("inf")
-    for name in _CANDIDATES:
-        if is_roomy(name) and not roomy:
-            continue
+        return ("1f1b",)
+
+    def is_possible(name: ScheduleName) -> bool:
         chunks = SCHEDULES[name].chunks or 1
-        if layout.pipeline * chunks > plan.num_segments or (chunks > 1 and isinstance(parallel.partition, list)):
-            continue
-        seconds = modelled_step(recipe, name, layout, plan, num_micro_batches)
-        if seconds < shortest * (1.0 - _WORTHWHILE):
-            best, shortest = name, seconds
-    return best
+        has_parts = layout.pipeline * chunks <= num_segments and (chunks == 1 or parallel.partition == "auto")
+        return has_parts and (roomy or not is_roomy(name))
+
+    return tuple(name for name in _CANDIDATES if name == "1f1b" or is_possible(name))
 
 
 def placement_of(recipe: Recipe, layout: Layout, schedule: ScheduleName) -> Placement:

@@ -23,13 +23,11 @@ from llmpipe_cli.model.parity import require_parity
 from llmpipe_cli.model.skeleton import build_skeleton
 from llmpipe_cli.model.slicing.trace import NotSliceableError, trace_config, whole_plan
 from llmpipe_cli.model.tensor.apply import check_division
-from llmpipe_cli.model.trainable import without_needless_gradients
 from llmpipe_cli.model.weights import weight_files
-from llmpipe_cli.plan.inner_cuts import is_worthwhile, may_split, split_plan
+from llmpipe_cli.plan.cuts import choose_schedule_and_cut, splitter
 from llmpipe_cli.plan.layout import (
     choose_layout,
     choose_micro_batch_size,
-    choose_schedule,
     choose_zero_stage,
     is_roomy,
     placement_of,
@@ -123,15 +121,16 @@ def make_plan(
     if layout.tensor > 1:
         check_division(build_skeleton(cls, config), layout.tensor)
     micro_batch_size, num_micro_batches = choose_micro_batch_size(recipe, layout)
-    schedule = choose_schedule(recipe, layout, slice_plan, num_micro_batches, roomy=roomy)
+    schedule, slice_plan = choose_schedule_and_cut(
+        recipe,
+        layout,
+        slice_plan,
+        num_micro_batches,
+        roomy=roomy,
+        split=splitter(recipe, job, layout, cls, config, slice_plan, learning.trainable),
+    )
     # Evaluation and generation have nothing to gain from several parts a stage.
     placement = placement_of(recipe, layout, schedule) if job in ("train", "bench") else Placement(layout.pipeline)
-    if may_split(recipe, job, layout, config, slice_plan):
-        finer = split_plan(recipe, cls, config, slice_plan, placement)
-        if finer is not None and learning.trainable is not None:
-            finer = without_needless_gradients(finer, learning.trainable)
-        if finer is not None and is_worthwhile(recipe, schedule, layout, slice_plan, finer, num_micro_batches):
-            slice_plan = finer
     bounds = _partition(recipe, placement, slice_plan.flops(recipe.data.sequence_len))
     resolved = recipe.model_copy(
         update={"train": recipe.train.model_copy(update={"micro_batch_size": micro_batch_size})}

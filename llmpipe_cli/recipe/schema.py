@@ -280,7 +280,7 @@ class ParallelSection(Section):
     partition: list[PositiveInt] | Auto = "auto"
     """Layers of each stage, embedding and head counted as layers; auto balances by FLOPs. With `virtual_stages`,
     layers of each part in the model's order."""
-    split_layers: Auto | Literal[False] = False
+    split_layers: Auto | Literal[False] = "auto"
     """auto: stages may begin inside a layer, between its attention and its MLP, where that makes them more even; false:
     between whole layers only."""
     zero_stage: Literal[0, 1] | Auto = "auto"

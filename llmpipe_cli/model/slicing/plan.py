@@ -10,6 +10,7 @@ one) and the *side* values (results of earlier modules that a later segment uses
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -148,6 +149,16 @@ class SlicePlan:
         return [
             batch * (segment.flops_per_token * sequence_len + segment.flops_per_token_squared * sequence_len**2)
             for segment in self.segments
+        ]
+
+    def cut_inside(self, bounds: Iterable[int]) -> list[str]:
+        """The split layers that a bound lies in."""
+        names = ["", *(segment.name for segment in self.segments), ""]
+        pairs = [(names[bound], names[bound + 1]) for bound in bounds]
+        return [
+            layer
+            for layer in self.split
+            if any(one.startswith(f"{layer}.") and other.startswith(f"{layer}.") for one, other in pairs)
         ]
 
     def first_stack(self) -> SlicePlan:
