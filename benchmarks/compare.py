@@ -159,7 +159,7 @@ def _sections(arguments: argparse.Namespace) -> list[Section]:
     work = Work(num_layers=arguments.layers, num_micro_batches=arguments.micro_batches)
     known = [
         Section("main", work, names, arguments.launches, arguments.rounds, warmup),
-        Section("deep", Work(num_layers=16), main_ones, 1, 4, warmup),
+        Section("deep", Work(num_layers=16), main_ones, 2, 5, warmup),
         Section("short", Work(num_micro_batches=4), main_ones, 1, 7, warmup),
         Section("recording", Work(num_micro_batches=4), RECORDING, 1, 24, warmup),
     ]

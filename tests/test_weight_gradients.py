@@ -64,6 +64,35 @@ def test_gradients_equal_autograd(direct: bool, recompute: bool) -> None:
         torch.testing.assert_close(parameter.grad, expected[name])
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_computed_at_once(recompute: bool) -> None:
+    """Nothing waits; the second micro-batch adds to what the first one made."""
+    model, plain = _model(), _model()
+    weight_gradients = WeightGradients(model)
+    weight_gradients.direct = weight_gradients.at_once = True
+    for seed in (1, 2):
+        ours, theirs = _input(seed), _input(seed)
+        output = checkpoint(model, ours, use_reentrant=False) if recompute else model(ours)
+        output.square().sum().backward()
+        plain(theirs).square().sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
+        assert not weight_gradients.take()
+    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
+
+
+def test_hooks_keep_gradients_waiting() -> None:
+    """Without `direct` accumulation needs a backward pass of its own."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    weight_gradients = WeightGradients(model)
+    weight_gradients.at_once = True
+    model(_input(0)).sum().backward()
+    assert model[0].weight.grad is None
+    weight_gradients.compute(weight_gradients.take())
+    assert model[0].weight.grad is not None
+
+
 def test_hooks_on_accumulation_run() -> None:
     """Mixed-precision optimizers take gradients over in such hooks."""
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
