@@ -102,7 +102,7 @@ def test_a_wait_without_end_is_told() -> None:
 
 
 def test_auto_takes_more_activations_only_where_they_fit(tmp_path: Path) -> None:
-    """ZB-H2 saves most with whole layers here; devices too small for it, or unknown ones, get what 1F1B's memory allows."""
+    """ZB-H2 saves most with whole layers; devices too small for it, or unknown ones, get what 1F1B's memory allows."""
     recipe = Recipe.model_validate(
         {
             "name": "auto",
