@@ -77,6 +77,7 @@ CASES = {
     "c2": Case(10, 320, 192, 2, 8, 2, 1),
     "c2r": Case(10, 320, 192, 2, 8, 1, 2),
     "d2": Case(3, 768, 96, 4, 8, 2, 1),
+    "w1": Case(4, 640, 128, 2, 8, 1, 1),
     "w1r": Case(4, 640, 128, 2, 8, 1, 2),
 }
 CALIBRATED_ON = ("a1", "b1", "a2", "a1r", "w1r")
@@ -171,7 +172,7 @@ def main() -> None:
     }
     calibration = read_calibration([Path(one["run"]) for name in CALIBRATED_ON for one in measured[name]])
     assert calibration is not None
-    print(calibration.rates(), "link:", calibration.intra_node_gbps, "Gbit/s")
+    print(calibration.rates(), "link:", statistics.median(calibration.reductions), "Gbit/s")
     took, predicted = {}, {}
     for name, runs in measured.items():
         candidate = planned_candidate(Plan.load(Path(runs[0]["run"]) / "plan.json"), this_machine(2), calibration)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmpipe_cli.plan.cluster import Cluster, Node
-from llmpipe_cli.plan.cost import Conditions, end_of_step, profile_costs, stage_costs, transfer_seconds
+from llmpipe_cli.plan.cost import Conditions, around_passes, end_of_step, profile_costs, stage_costs, transfer_seconds
 from llmpipe_cli.plan.devices import DEVICES, GIB
 from llmpipe_cli.plan.engines import MEGATRON, MEGATRON_DEEPSPEED, TORCHTITAN, EngineProfile
 from llmpipe_cli.plan.memory import Moment, chunk_memory, stage_memory
@@ -146,7 +146,7 @@ def predict(row: Row) -> Predicted:
     )
     bounds = cut_of(row, profile)
     costs = profile_costs(profile, conditions)
-    stages = stage_costs(costs, bounds)
+    stages = stage_costs(costs, bounds, around_passes(device, split=False))
     count = int(row["gbs"]) // (int(row["mbs"]) * dp)
     transfers = transfer_seconds(profile, conditions, bounds, dp)
     seconds, live = _pass(stages, count, transfers, chunks, engine)

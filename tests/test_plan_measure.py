@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llmpipe_cli.model.auto import example_inputs, load_config, model_class
 from llmpipe_cli.model.slicing.trace import trace_config
 from llmpipe_cli.plan.measure import measure_profile
-from llmpipe_cli.plan.propose import recipe_profile
+from llmpipe_cli.plan.recipe_model import recipe_profile
 from llmpipe_cli.recipe.schema import ModelSection, Recipe
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

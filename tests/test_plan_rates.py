@@ -6,10 +6,13 @@ import random
 
 import pytest
 
+from llmpipe_cli.plan.calibration import Calibration
 from llmpipe_cli.plan.cluster import described
+from llmpipe_cli.plan.cost import CPU_PASS_SECONDS, around_passes, stage_costs
 from llmpipe_cli.plan.devices import DEVICES
 from llmpipe_cli.plan.rates import Observation, Rates, fit_rates
 from llmpipe_cli.plan.search import Job, Pins, search
+from llmpipe_cli.plan.simulate import StageCosts
 from llmpipe_cli.plan.transformer import transformer_profile
 
 
@@ -45,6 +48,25 @@ def test_one_run_moves_all_rates_alike() -> None:
     assert device.fp32 == pytest.approx(table.fp32 / 2)
     assert device.launch_seconds == pytest.approx(table.launch_seconds * 2)
     assert device.memory_bandwidth * device.streaming == pytest.approx(table.memory_bandwidth * table.streaming)
+
+
+def test_links_that_replicas_of_several_runs_showed() -> None:
+    cluster = described({"nodes": 2, "devices_per_node": 2, "device": "cpu", "inter_node_gbps": 10.0}, "test")
+    joined = Calibration(4.0).joined(Calibration(reductions=(2.0,))).joined(Calibration(reductions=(6.0, 7.0)))
+    measured = joined.apply(cluster)
+    assert measured.intra_node_gbps * measured.link_fraction == 6.0  # the median, before doctor's figure
+    assert measured.inter_node_gbps * measured.link_fraction == pytest.approx(10.0 * cluster.link_fraction)
+
+
+def test_every_pass_of_a_processor_costs_the_engine_time() -> None:
+    cpu, gpu = DEVICES["cpu"], DEVICES["a100-80gb"]
+    segments = [StageCosts(0.02, 0.03, 0.01)] * 4
+    for split, passes in ((False, 2), (True, 3)):
+        (whole,) = stage_costs(segments, [0, 4], around_passes(cpu, split=split))
+        assert whole.total == pytest.approx(4 * 0.06 + passes * CPU_PASS_SECONDS)
+        halves = stage_costs(segments, [0, 2, 4], around_passes(cpu, split=split))
+        assert sum(half.total for half in halves) == pytest.approx(4 * 0.06 + 2 * passes * CPU_PASS_SECONDS)
+    assert around_passes(gpu, split=True).total == 0.0
 
 
 def test_ranks_beside_each_other_share_memory_alone() -> None:

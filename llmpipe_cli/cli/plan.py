@@ -50,9 +50,10 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Find the best layout for a recipe and say what it takes: memory a stage, step time, days. Starts nothing."""
+    from llmpipe_cli.plan.finer import find
     from llmpipe_cli.plan.propose import as_json as answer_of
-    from llmpipe_cli.plan.propose import find_cluster, kernels_of, make_job, read_calibration, recipe_profile, refusal
-    from llmpipe_cli.plan.search import search
+    from llmpipe_cli.plan.propose import find_cluster, kernels_of, make_job, read_calibration, refusal
+    from llmpipe_cli.plan.recipe_model import recipe_profile
 
     counts = _numbers(nodes)
     loaded = jobs.load(recipe, set_ or [], "plan")
@@ -61,8 +62,8 @@ def plan(
         profile = recipe_profile(loaded.recipe, kernels_of(machines))
         calibration = read_calibration(calibrate or [])
         job = make_job(loaded.recipe, machines, profile, calibration)
-        found = search(job)
-        points = _what_if(job, counts) if counts else []
+        found = find(loaded.recipe, job)
+        points = _what_if(loaded.recipe, job, counts) if counts else []
         error = None if found.best or points else refusal(job, found)
     answer = answer_of(job, found, loaded.recipe)
     if points:
@@ -92,16 +93,16 @@ def _numbers(text: str | None) -> list[int]:
     return numbers
 
 
-def _what_if(job: Job, counts: list[int]) -> list[dict[str, Any]]:
+def _what_if(recipe: Recipe, job: Job, counts: list[int]) -> list[dict[str, Any]]:
     """The best layout on other numbers of nodes."""
     from dataclasses import replace
 
-    from llmpipe_cli.plan.search import search
+    from llmpipe_cli.plan.finer import find
 
     points = []
     for count in counts:
         larger = replace(job, cluster=job.cluster.first_nodes(count))
-        best = next(iter(search(larger, keep=1).best), None)
+        best = next(iter(find(recipe, larger, keep=4).best), None)
         tokens = job.global_batch_size * job.sequence_len
         points.append(
             {
@@ -137,6 +138,8 @@ def _show(job: Job, found: Found, answer: dict[str, Any], recipe: Recipe) -> Non
     best = found.best[0]
     out.print()
     out.print(memory_bars(answer["layouts"][0], best.capacity, min(60, out.width - 38)))
+    if best.split_layers:
+        out.print(f"stages begin inside {', '.join(best.split_layers)}", highlight=False)
     chunks = num_chunks(best.choice.schedule, job.pins.chunks)
     if 1 < best.choice.pipeline <= 16:
         out.print()

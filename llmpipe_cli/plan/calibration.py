@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.plan.cluster import Cluster
-from llmpipe_cli.plan.cost import Conditions, EndOfStep, Work, end_of_step, segment_work
+from llmpipe_cli.plan.cost import Conditions, EndOfStep, Work, around_passes, end_of_step, segment_work
 from llmpipe_cli.plan.engines import OURS
 from llmpipe_cli.plan.profile import ModelProfile, SegmentProfile
 from llmpipe_cli.plan.rates import TABLE_RATES, Observation, Rates, fit_rates
@@ -44,6 +44,8 @@ class Calibration:
         latency_seconds: time of an empty message between nodes.
         passes: what passes of runs took, beside the prediction.
         optimizer: what optimizer steps took.
+        reductions: Gbit/s inside a node that replicas of runs reached while they summed gradients, a run each; their
+            median takes the place of `intra_node_gbps`.
         source: what it was read from.
     """
 
@@ -52,16 +54,18 @@ class Calibration:
     latency_seconds: float | None = None
     passes: tuple[Observation, ...] = ()
     optimizer: tuple[Observation, ...] = ()
+    reductions: tuple[float, ...] = ()
     source: str = ""
 
     def joined(self, other: Calibration) -> Calibration:
-        """Both measurements; where both have one, links are the other's."""
+        """Both measurements; where both have measured a link itself, it is the other's."""
         return Calibration(
             other.intra_node_gbps or self.intra_node_gbps,
             other.inter_node_gbps or self.inter_node_gbps,
             other.latency_seconds or self.latency_seconds,
             (*self.passes, *other.passes),
             (*self.optimizer, *other.optimizer),
+            (*self.reductions, *other.reductions),
             " ".join(filter(None, (self.source, other.source))),
         )
 
@@ -71,12 +75,13 @@ class Calibration:
 
     def apply(self, cluster: Cluster) -> Cluster:
         """The cluster with measured rates where there are any."""
-        measured = self.intra_node_gbps is not None or self.inter_node_gbps is not None
+        inside = statistics.median(self.reductions) if self.reductions else self.intra_node_gbps
+        measured = inside is not None or self.inter_node_gbps is not None
         fraction = cluster.link_fraction
         # a measured rate is what is reached; one that was not measured keeps its share of the nominal rate
         intra, inter = cluster.intra_node_gbps, cluster.inter_node_gbps
         if measured:
-            intra = self.intra_node_gbps or intra * fraction
+            intra = inside or intra * fraction
             inter = self.inter_node_gbps or inter * fraction
             fraction = 1.0
         return replace(
@@ -149,17 +154,23 @@ def calibrate_run(path: Path) -> Calibration:
     beside = plan.layout.num_ranks - 1 if plan.device == "cpu" else 0
     step = statistics.median(line["step_seconds"] for line in lines)
     busy = statistics.mean(_median(lines, stage, "busy_seconds") for stage in stages) / step
+    around = around_passes(predicted.conditions.device, split=False).forward
     passes = [
-        Observation(predicted.parts(plan.placement.part(stage, chunk), kind), seconds, beside * min(1.0, busy))
+        Observation(predicted.parts(plan.placement.part(stage, chunk), kind), seconds - around, beside * min(1.0, busy))
         for (stage, chunk, kind), seconds in _usual_passes(written["ranks"], lines).items()
+        if seconds > 2 * around  # of shorter ones little would be left that says anything
     ]
-    optimizer = [
-        Observation((predicted.end(stage).optimizer,), _median(lines, stage, "optimizer_seconds"), beside)
-        for stage in stages
-        if _median(lines, stage, "optimizer_seconds") > 0
-    ]
-    links = _reduce_gbps(written["ranks"], predicted) if plan.layout.data > 1 and len(cluster.nodes) == 1 else None
-    return Calibration(links, passes=tuple(passes), optimizer=tuple(optimizer), source=str(path))
+    alone = len(cluster.nodes) == 1 and plan.layout.data > 1
+    shared = _reduction(written["ranks"], predicted) if alone else None  # measured over predicted seconds
+    optimizer = []
+    for stage in stages:
+        end = predicted.end(stage)
+        # what ranks record as the optimizer's step includes sharing the new parameters
+        took = _median(lines, stage, "optimizer_seconds") - end.gather * (shared or 1.0)
+        if took > 0:
+            optimizer.append(Observation((end.optimizer,), took, beside))
+    reductions = () if shared is None else (cluster.intra_node_gbps * cluster.link_fraction / shared,)
+    return Calibration(passes=tuple(passes), optimizer=tuple(optimizer), reductions=reductions, source=str(path))
 
 
 def _median(lines: list[dict[str, Any]], stage: int, name: str) -> float:
@@ -184,9 +195,10 @@ def _usual_passes(ranks: list[dict[str, Any]], lines: list[dict[str, Any]]) -> d
     }
 
 
-def _reduce_gbps(ranks: list[dict[str, Any]], predicted: _Predicted) -> float | None:
-    """Gbit/s of a link from the all-reduce of gradients: who comes last to it does not wait, so the shortest counts."""
-    rates = []
+def _reduction(ranks: list[dict[str, Any]], predicted: _Predicted) -> float | None:
+    """Seconds of the all-reduce of gradients over the predicted ones: who comes last to it does not wait, so the
+    shortest of a stage's counts. None where it is too short to tell."""
+    ratios = []
     for stage in range(predicted.plan.layout.pipeline):
         took = min(
             sum(record["end"] - record["begin"] for record in rank["records"] if record["kind"] == "reduce")
@@ -194,9 +206,8 @@ def _reduce_gbps(ranks: list[dict[str, Any]], predicted: _Predicted) -> float | 
             if rank["stage"] == stage
         )
         if took > _LEAST_REDUCE_SECONDS:
-            rates.append(predicted.end(stage).reduce / took)
-    cluster = predicted.conditions.cluster
-    return statistics.median(rates) * cluster.intra_node_gbps * cluster.link_fraction if rates else None
+            ratios.append(took / predicted.end(stage).reduce)
+    return statistics.median(ratios) if ratios else None
 
 
 class _Predicted:

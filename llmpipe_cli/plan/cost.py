@@ -44,6 +44,9 @@ CPU_BACKWARD_TRAFFIC = 1.0
 """`BACKWARD_TRAFFIC` of a processor, whose caches still hold what the operation before wrote."""
 CPU_BACKWARD_LAUNCHES = 0.25
 """Time of a processor's calls in a backward pass, relative to the forward pass's: the interpreter has no part in it."""
+CPU_PASS_SECONDS = 1e-3
+"""What the engine does around each pass of a part on a processor: the loop, the graph's ends, the boundary's tensors.
+On an accelerator the host does it while the device computes."""
 BACKWARD_TRAFFIC = 1.6
 """Bytes that elementwise kernels move in a backward pass, as a multiple of the forward pass's."""
 ADAM_BYTES = 30.0
@@ -231,13 +234,19 @@ def profile_costs(profile: ModelProfile, conditions: Conditions) -> list[StageCo
     return costs
 
 
-def stage_costs(costs: Sequence[StageCosts], bounds: Sequence[int]) -> list[StageCosts]:
-    """Costs of each stage, the sum of its segments'."""
+def around_passes(device: Device, *, split: bool) -> StageCosts:
+    """Seconds around the passes of a part: two a micro-batch, three where backward passes are split."""
+    seconds = CPU_PASS_SECONDS if device.is_cpu else 0.0
+    return StageCosts(seconds, seconds, seconds if split else 0.0)
+
+
+def stage_costs(costs: Sequence[StageCosts], bounds: Sequence[int], around: StageCosts) -> list[StageCosts]:
+    """Costs of each stage, the sum of its segments' and what is `around_passes`."""
     return [
         StageCosts(
-            sum(cost.forward for cost in costs[start:stop]),
-            sum(cost.input_gradient for cost in costs[start:stop]),
-            sum(cost.weight_gradient for cost in costs[start:stop]),
+            around.forward + sum(cost.forward for cost in costs[start:stop]),
+            around.input_gradient + sum(cost.input_gradient for cost in costs[start:stop]),
+            around.weight_gradient + sum(cost.weight_gradient for cost in costs[start:stop]),
         )
         for start, stop in itertools.pairwise(bounds)
     ]
@@ -272,20 +281,22 @@ class EndOfStep:
     """What a stage does once a step.
 
     Attributes:
-        reduce: replicas sum their gradients and, under ZeRO-1, share the new parameters; seconds.
+        reduce: replicas sum their gradients; seconds.
+        gather: under ZeRO-1 they share the new parameters; seconds.
         ties: stages with the same parameter sum its gradients; seconds.
         optimizer: seconds.
         host: seconds.
     """
 
     reduce: float
+    gather: float
     ties: float
     optimizer: float
     host: float
 
     @property
     def total(self) -> float:
-        return self.reduce + self.ties + self.optimizer + self.host
+        return self.reduce + self.gather + self.ties + self.optimizer + self.host
 
 
 def end_of_step(
@@ -304,9 +315,8 @@ def end_of_step(
     tensor = conditions.tensor
     learning = sum(segment.learning_on(tensor) for segment in segments)
     reduce = cluster.ring_seconds(learning * engine.reduce_bytes[dtype], data, tensor, engine.reduce_rounds)
-    if zero_stage:
-        reduce += cluster.ring_seconds(learning * (4 if dtype == "fp32" else 2), data, tensor, 1)
-    reduce *= 1 - engine.overlapped
+    gather = cluster.ring_seconds(learning * (4 if dtype == "fp32" else 2), data, tensor, 1) if zero_stage else 0.0
+    reduce, gather = (seconds * (1 - engine.overlapped) for seconds in (reduce, gather))
     tied = sum(segment.tied for segment in segments) / tensor
     ties = 0.0
     if tied and pipeline > 1:
@@ -314,4 +324,4 @@ def end_of_step(
     share = data if zero_stage else 1
     rate = device.memory_bandwidth * device.memory_fraction * device.streaming
     optimizer = learning * ADAM_BYTES / share / rate + learning * engine.gradient_bytes[dtype] / rate
-    return EndOfStep(reduce, ties, optimizer, engine.host_seconds)
+    return EndOfStep(reduce, gather, ties, optimizer, engine.host_seconds)

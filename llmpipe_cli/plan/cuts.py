@@ -20,6 +20,7 @@ from dataclasses import replace
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmpipe_cli.engine.schedules import Placement
+from llmpipe_cli.errors import UsageError
 from llmpipe_cli.model.parity import splits_alike
 from llmpipe_cli.model.slicing.plan import SlicePlan
 from llmpipe_cli.model.slicing.split import splittable
@@ -32,10 +33,10 @@ from llmpipe_cli.recipe.schema import Recipe
 
 logger = logging.getLogger(__name__)
 
-_WORTHWHILE = 0.02
+WORTHWHILE = 0.02
 """Share of the modelled step that a less simple choice has to save. Passes through half a stage take a little more than
 half (measured: 1.4 % saved over ZB-H1 where 3.2 % were simulated)."""
-_SLIVERS = 6  # pieces that a layer is thought to consist of where its best cut is looked for
+SLIVERS = 6  # pieces that a layer is thought to consist of where its best cut is looked for
 
 Splitter = Callable[[Collection[str]], SlicePlan | None]
 """From layers to the slice plan in which they are split, none if they cannot be."""
@@ -63,7 +64,7 @@ def choose_schedule_and_cut(
             if placement_of(recipe, layout, name).num_parts > plan.num_segments:
                 continue
             seconds = modelled_step(recipe, name, layout, plan, num_micro_batches)
-            if best is None or seconds < best[0] * (1.0 - _WORTHWHILE):
+            if best is None or seconds < best[0] * (1.0 - WORTHWHILE):
                 best = seconds, name, plan
         return best
 
@@ -71,7 +72,7 @@ def choose_schedule_and_cut(
     if best is None:  # a schedule that has more parts than the model; the partition will say so
         return schedules[0], whole
     if split is not None:
-        limit = best[0] * (1.0 - _WORTHWHILE)
+        limit = best[0] * (1.0 - WORTHWHILE)
         worthwhile = [
             placement_of(recipe, layout, name)
             for name in schedules
@@ -98,32 +99,74 @@ def splitter(
     """What splits layers of this model; none where they stay whole, with a warning if a recipe asks for it in vain."""
     if recipe.parallel.split_layers != "auto" or job not in ("train", "bench") or layout.pipeline == 1:
         return None
-    reason = _why_whole(recipe, layout, config, plan)
+    reason = _why_whole(recipe, layout.tensor, config, plan)
     if reason is not None:
         if "split_layers" in recipe.parallel.model_fields_set:
             logger.warning("parallel.split_layers: layers stay whole, %s", reason)
         return None
-    length, attention = recipe.data.sequence_len, recipe.model.attn_implementation
 
     def split(layers: Collection[str]) -> SlicePlan | None:
-        # Where the type was not checked with split layers, it is now, on a tiny model.
-        if not layers or not splits_alike(config, recipe.task, attn_implementation=attention):
-            return None
-        finer = trace_split(cls, config, recipe.task, plan, layers, sequence_len=length, attn_implementation=attention)
-        return finer if finer is None or trainable is None else without_needless_gradients(finer, trainable)
+        return _split(recipe, cls, config, plan, layers, trainable)
 
     return split
 
 
-def _why_whole(recipe: Recipe, layout: Layout, config: PreTrainedConfig, plan: SlicePlan) -> str | None:
+def split_as_listed(
+    recipe: Recipe,
+    tensor: int,
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    plan: SlicePlan,
+    trainable: Collection[str] | None,
+) -> SlicePlan:
+    """The plan with the layers split that `parallel.split_layers` lists; unchanged where it lists none.
+
+    Raises:
+        UsageError: one of them is no layer that can be split.
+    """
+    listed = recipe.parallel.split_layers
+    if not isinstance(listed, list) or not listed:
+        return plan
+    where, possible = "parallel.split_layers", splittable(plan)
+    reason = _why_whole(recipe, tensor, config, plan)
+    if reason is not None:
+        raise UsageError(f"layers stay whole, {reason}", where=where, hint="leave split_layers out")
+    for name in listed:
+        if name not in possible:
+            hint = f"layers that can: {possible[0]} to {possible[-1]}" if possible else "leave split_layers out"
+            raise UsageError(f"{name} is no layer that can be split", where=where, hint=hint)
+    finer = _split(recipe, cls, config, plan, listed, trainable)
+    if finer is None or set(finer.split) != set(listed):
+        raise UsageError(f"{', '.join(listed)} cannot all be split", where=where, hint="leave split_layers at auto")
+    return finer
+
+
+def _split(
+    recipe: Recipe,
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    plan: SlicePlan,
+    layers: Collection[str],
+    trainable: Collection[str] | None,
+) -> SlicePlan | None:
+    length, attention = recipe.data.sequence_len, recipe.model.attn_implementation
+    # Where the type was not checked with split layers, it is now, on a tiny model.
+    if not layers or not splits_alike(config, recipe.task, attn_implementation=attention):
+        return None
+    finer = trace_split(cls, config, recipe.task, plan, layers, sequence_len=length, attn_implementation=attention)
+    return finer if finer is None or trainable is None else without_needless_gradients(finer, trainable)
+
+
+def _why_whole(recipe: Recipe, tensor: int, config: PreTrainedConfig, plan: SlicePlan) -> str | None:
     """What keeps layers whole: the user says what a stage has, something else works on whole layers (tensor shards,
     adapters, checkpointing, an encoder-decoder model that generates), or random numbers are drawn."""
     parallel = recipe.parallel
     reasons = {
-        "since parallel.partition says what a stage has": parallel.partition != "auto",
+        "since parallel.partition says what a stage has": parallel.partition != "auto"
+        and parallel.split_layers == "auto",
         "since activation checkpointing works on whole layers": parallel.activation_checkpointing
         not in ("auto", "none"),
-        "since tensor shards divide whole layers": layout.tensor > 1,
+        "since tensor shards divide whole layers": tensor > 1,
         "since LoRA adapts whole layers": recipe.lora is not None,
         "as in all encoder-decoder models": config.is_encoder_decoder,
         "since dropout is seeded by segment": plan.random,
@@ -136,7 +179,7 @@ def _in_slivers(plan: SlicePlan) -> SlicePlan:
     layers = set(splittable(plan))
     segments = []
     for segment in plan.segments:
-        count = _SLIVERS if segment.name in layers else 1
+        count = SLIVERS if segment.name in layers else 1
         sliver = replace(
             segment,
             flops_per_token=segment.flops_per_token / count,

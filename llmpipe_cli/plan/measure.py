@@ -93,7 +93,8 @@ def measure_profile(
         _fit(slice_plan, index, model, few, many, short, long, carried[index])
         for index, (few, many) in enumerate(zip(*seen, strict=True))
     )
-    divisible = _divisible(config) if reason_without_plan(model) is None else ()
+    divides = reason_without_plan(model) is None and not slice_plan.split  # tensor shards divide whole layers
+    divisible = _divisible(config) if divides else ()
     return ModelProfile(_shared(segments), dtype, measured_on=device, divisible=divisible)
 
 

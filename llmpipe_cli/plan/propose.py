@@ -5,7 +5,6 @@ Only the model's config is needed: no weights, no tokenizer, no prepared data.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,9 +15,11 @@ from llmpipe_cli.errors import LlmpipeError, PreflightError, UsageError
 from llmpipe_cli.plan.calibration import Calibration, calibrate_run, links_of, read_links
 from llmpipe_cli.plan.cluster import Cluster, Node, one_node, read_cluster
 from llmpipe_cli.plan.devices import DEVICES, GIB, Device, match_device
+from llmpipe_cli.plan.finer import find
 from llmpipe_cli.plan.plan import Plan
 from llmpipe_cli.plan.profile import ModelProfile
 from llmpipe_cli.plan.rates import TABLE_RATES
+from llmpipe_cli.plan.recipe_model import recipe_profile
 from llmpipe_cli.plan.search import Candidate, Found, Job, Pins, search, why_not, why_slower
 from llmpipe_cli.recipe.schema import Recipe
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 SECONDS_A_DAY = 86400.0
 MAX_SHOWN = 20
-_DEEP, _FEW = 24, 6  # models from so many layers on are measured with so few
 
 
 def this_machine(requested: int | None = None) -> Cluster:
@@ -117,77 +117,10 @@ def find_cluster(hostfile: Path | None, cluster: Path | None, devices: int | Non
     return this_machine(devices)
 
 
-def recipe_profile(recipe: Recipe, device: str = "cuda") -> ModelProfile:
-    """The profile of the recipe's model, from its config.
-
-    Args:
-        recipe: the recipe.
-        device: "cuda" or "cpu": whose kernels it will run.
-
-    Raises:
-        UsageError: no such model, or one that cannot be traced.
-    """
-    from llmpipe_cli.model.adapters import config_section, split_adapter
-    from llmpipe_cli.model.auto import load_config, model_class
-    from llmpipe_cli.model.slicing.trace import NotSliceableError, trace_config, whole_plan
-    from llmpipe_cli.plan.learning import choose_learning
-    from llmpipe_cli.plan.measure import measure_profile
-
-    section, adapter = split_adapter(recipe.model)
-    tokenizer = recipe.tokenizer
-    vocab_size = None if tokenizer is None or isinstance(tokenizer, str) else tokenizer.train.vocab_size
-    config = load_config(config_section(section, adapter), recipe.task, vocab_size=vocab_size)
-    cls = model_class(config, recipe.task)
-    attention = section.attn_implementation
-    kernels: dict[str, Any] = {"dtype": recipe.model.dtype, "attn_implementation": attention, "device": device}
-    if recipe.lora is None and not recipe.train.freeze and not recipe.train.trainable:
-        short = _shortened(config)
-        if short is not None:
-            slice_plan = trace_config(cls, short, recipe.task, attn_implementation=attention)
-            few = measure_profile(cls, short, recipe.task, slice_plan, **kernels)
-            whole = few.stretched(config.num_hidden_layers)
-            if whole is not None:
-                return whole
-    try:
-        slice_plan = trace_config(
-            cls, config, recipe.task, sequence_len=recipe.data.sequence_len, attn_implementation=attention
-        )
-    except NotSliceableError:
-        if recipe.parallel.pipeline not in (1, "auto"):
-            raise
-        slice_plan = whole_plan(cls, config)
-    trainable: list[str] | None = None
-    if recipe.lora is not None:
-        trainable = []  # the adapters are small beside what is frozen
-    elif recipe.train.freeze or recipe.train.trainable:
-        trainable = choose_learning(recipe, "train", cls, config, slice_plan, section, None, None).trainable
-    return measure_profile(cls, config, recipe.task, slice_plan, trainable=trainable, **kernels)
-
-
-def _shortened(config: Any) -> Any | None:
-    """The config of the same model with few layers, for deep models whose layers look alike; else None.
-
-    Layers that differ are listed in the config one by one, or show in the profile (`ModelProfile.stretched`).
-    """
-    depth = getattr(config, "num_hidden_layers", None)
-    if (
-        not isinstance(depth, int)
-        or depth < _DEEP
-        or config.is_encoder_decoder
-        or config.get_text_config() is not config
-    ):
-        return None
-    listed = [value for value in vars(config).values() if isinstance(value, (list, tuple)) and len(value) == depth]
-    if listed:
-        return None
-    short = copy.deepcopy(config)
-    short.num_hidden_layers = _FEW
-    return short
-
-
 def recipe_pins(recipe: Recipe) -> Pins:
     """What the recipe fixes."""
     parallel, train = recipe.parallel, recipe.train
+    split = isinstance(parallel.split_layers, list)  # recomputation works on whole layers
 
     def fixed(value: Any) -> Any:
         return None if value == "auto" else value
@@ -200,7 +133,7 @@ def recipe_pins(recipe: Recipe) -> Pins:
         num_micro_batches=train.gradient_accumulation_steps,
         schedule=fixed(parallel.schedule),
         zero_stage=fixed(parallel.zero_stage),
-        checkpointing=fixed(parallel.activation_checkpointing),
+        checkpointing=fixed(parallel.activation_checkpointing) or ("none" if split else None),
         partition=tuple(parallel.partition) if isinstance(parallel.partition, list) else None,
         chunks=parallel.virtual_stages if isinstance(parallel.virtual_stages, int) else Pins().chunks,
     )
@@ -250,11 +183,11 @@ def fill_auto(recipe: Recipe, cluster: Cluster) -> Recipe:
         PreflightError: none fits the devices' memory.
     """
     job = make_job(recipe, cluster)
-    found = search(job, keep=1)
+    found = find(recipe, job)
     if not found.best:
         raise refusal(job, found)
     best = found.best[0]
-    choice = best.choice
+    choice, listed = best.choice, recipe.parallel.split_layers
     chosen: dict[str, Any] = {
         "pipeline": choice.pipeline,
         "tensor": choice.tensor,
@@ -263,6 +196,7 @@ def fill_auto(recipe: Recipe, cluster: Cluster) -> Recipe:
         "zero_stage": choice.zero_stage,
         "activation_checkpointing": choice.checkpointing,
         "partition": [stop - start for start, stop in itertools.pairwise(best.bounds)],
+        "split_layers": list(best.split_layers) or (listed if isinstance(listed, list) else False),
     }
     if choice.schedule == "interleaved":
         chosen["virtual_stages"] = job.pins.chunks
@@ -319,6 +253,7 @@ def _layout(job: Job, candidate: Candidate, found: Found) -> dict[str, Any]:
         "zero_stage": choice.zero_stage,
         "activation_checkpointing": choice.checkpointing,
         "partition": [stop - start for start, stop in itertools.pairwise(candidate.bounds)],
+        "split_layers": list(candidate.split_layers),
         "memory_bytes": [round(own.total) for own in candidate.memory],
         "memory_parts": [{name: round(value) for name, value in own.parts().items()} for own in candidate.memory],
         "bubble_fraction": candidate.bubble if seconds is not None else None,

@@ -24,7 +24,7 @@ from llmpipe_cli.model.skeleton import build_skeleton
 from llmpipe_cli.model.slicing.trace import NotSliceableError, trace_config, whole_plan
 from llmpipe_cli.model.tensor.apply import check_division
 from llmpipe_cli.model.weights import weight_files
-from llmpipe_cli.plan.cuts import choose_schedule_and_cut, splitter
+from llmpipe_cli.plan.cuts import choose_schedule_and_cut, split_as_listed, splitter
 from llmpipe_cli.plan.layout import (
     choose_layout,
     choose_micro_batch_size,
@@ -120,6 +120,8 @@ def make_plan(
     layout = choose_layout(recipe, num_devices, device, slice_plan.num_segments)
     if layout.tensor > 1:
         check_division(build_skeleton(cls, config), layout.tensor)
+    if job in ("train", "bench") and layout.pipeline > 1:
+        slice_plan = split_as_listed(recipe, layout.tensor, cls, config, slice_plan, learning.trainable)
     micro_batch_size, num_micro_batches = choose_micro_batch_size(recipe, layout)
     schedule, slice_plan = choose_schedule_and_cut(
         recipe,
@@ -131,7 +133,9 @@ def make_plan(
     )
     # Evaluation and generation have nothing to gain from several parts a stage.
     placement = placement_of(recipe, layout, schedule) if job in ("train", "bench") else Placement(layout.pipeline)
-    bounds = _partition(recipe, placement, slice_plan.flops(recipe.data.sequence_len))
+    # What a recipe's partition counts are the parts of layers that training splits.
+    counted = job in ("train", "bench") or not isinstance(recipe.parallel.split_layers, list)
+    bounds = _partition(recipe, placement, slice_plan.flops(recipe.data.sequence_len), counted=counted)
     resolved = recipe.model_copy(
         update={"train": recipe.train.model_copy(update={"micro_batch_size": micro_batch_size})}
     )
@@ -244,9 +248,10 @@ def _check_stream(saved: dict[str, Any] | None, data: PreparedData | None) -> No
     )
 
 
-def _partition(recipe: Recipe, placement: Placement, costs: list[float]) -> list[int]:
+def _partition(recipe: Recipe, placement: Placement, costs: list[float], *, counted: bool) -> list[int]:
+    """Bounds of the parts: the recipe's if `counted` says that its partition is for these segments, else balanced."""
     counts = recipe.parallel.partition
-    if isinstance(counts, str) or placement.num_chunks != recipe.parallel.num_chunks:
+    if isinstance(counts, str) or placement.num_chunks != recipe.parallel.num_chunks or not counted:
         return balance_parts(costs, placement)
     if len(counts) != placement.num_parts or sum(counts) != len(costs):
         what = "parts" if placement.num_chunks > 1 else "stages"

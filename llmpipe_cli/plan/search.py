@@ -17,7 +17,15 @@ from typing import Any
 
 from llmpipe_cli.engine.schedules import DEFAULT_CHUNKS, SCHEDULES, splits_backward
 from llmpipe_cli.plan.cluster import Cluster
-from llmpipe_cli.plan.cost import Conditions, EndOfStep, end_of_step, profile_costs, stage_costs, transfer_seconds
+from llmpipe_cli.plan.cost import (
+    Conditions,
+    EndOfStep,
+    around_passes,
+    end_of_step,
+    profile_costs,
+    stage_costs,
+    transfer_seconds,
+)
 from llmpipe_cli.plan.devices import GIB, Device
 from llmpipe_cli.plan.engines import OURS, EngineProfile
 from llmpipe_cli.plan.memory import ChunkMemory, StageMemory, chunk_memory, stage_memory
@@ -112,6 +120,22 @@ class Choice:
         )
 
 
+def pinned_to(choice: Choice, chunks: int, partition: tuple[int, ...] | None = None) -> Pins:
+    """Pins that leave this combination alone."""
+    return Pins(
+        pipeline=choice.pipeline,
+        tensor=choice.tensor,
+        data=choice.data,
+        micro_batch_size=choice.micro_batch_size,
+        num_micro_batches=choice.num_micro_batches,
+        schedule=choice.schedule,
+        zero_stage=choice.zero_stage,
+        checkpointing=choice.checkpointing,
+        partition=partition,
+        chunks=chunks,
+    )
+
+
 @dataclass
 class Candidate:
     """A combination cut into stages.
@@ -127,6 +151,7 @@ class Candidate:
         least: no step is shorter.
         seconds: predicted step; None where the search has not played it through.
         bubble: idle share.
+        split_layers: layers that are several segments, so that stages can begin inside them.
     """
 
     choice: Choice
@@ -139,6 +164,7 @@ class Candidate:
     least: float
     seconds: float | None = None
     bubble: float = 0.0
+    split_layers: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -316,6 +342,20 @@ def _divisors(number: int, most: int) -> list[int]:
     return [size for size in sizes if size <= 8 or size & (size - 1) == 0] or [1]
 
 
+def conditions_of(job: Job, choice: Choice, device: Device) -> Conditions:
+    """How a combination's micro-batches run on a device."""
+    return Conditions(
+        device,
+        job.cluster,
+        job.engine,
+        job.profile.dtype,
+        choice.micro_batch_size,
+        job.sequence_len,
+        choice.tensor,
+        choice.checkpointing,
+    )
+
+
 class _Workshop:
     """Cuts, costs and plays combinations, doing what they share once."""
 
@@ -383,8 +423,11 @@ class _Workshop:
         if beside not in self._crowded:
             shared = alone.memory_bandwidth / (1 + self.job.rates.contention * beside)
             self._crowded[beside] = replace(alone, memory_bandwidth=shared)
+        around = around_passes(alone, split=splits_backward(choice.schedule)).total
+        around *= choice.pipeline * num_chunks(choice.schedule, self.job.pins.chunks)
         together, apart = (
-            sum(cost.total for cost in self._costs(choice, device)) for device in (self._crowded[beside], alone)
+            around + sum(cost.total for cost in self._costs(choice, device))
+            for device in (self._crowded[beside], alone)
         )
         return together / apart - 1
 
@@ -402,23 +445,10 @@ class _Workshop:
             for stage in range(choice.pipeline)
         ]
 
-    def _conditions(self, choice: Choice, device: Device) -> Conditions:
-        job = self.job
-        return Conditions(
-            device,
-            job.cluster,
-            job.engine,
-            job.profile.dtype,
-            choice.micro_batch_size,
-            job.sequence_len,
-            choice.tensor,
-            choice.checkpointing,
-        )
-
     def _costs(self, choice: Choice, device: Device) -> list[StageCosts]:
         key = (*self._sizes(choice), id(device))
         if key not in self._segment_costs:
-            self._segment_costs[key] = profile_costs(self.job.profile, self._conditions(choice, device))
+            self._segment_costs[key] = profile_costs(self.job.profile, conditions_of(self.job, choice, device))
         return self._segment_costs[key]
 
     def _cut(self, choice: Choice, devices: list[Device], chunks: int) -> list[int] | None:
@@ -471,9 +501,10 @@ class _Workshop:
         for part, stage in enumerate(own):
             device = devices[stage]
             if device not in known:
-                known[device] = stage_costs(self._costs(choice, device), bounds)
+                around = around_passes(device, split=splits_backward(choice.schedule))
+                known[device] = stage_costs(self._costs(choice, device), bounds, around)
             costs.append(known[device][part])
-        conditions = [self._conditions(choice, device) for device in devices]
+        conditions = [conditions_of(job, choice, device) for device in devices]
         transfers = transfer_seconds(job.profile, conditions[0], bounds, choice.data) if choice.pipeline > 1 else []
         ranges: list[list[tuple[int, int]]] = [[] for _ in range(choice.pipeline)]
         for part in range(placement.num_parts):
@@ -503,7 +534,7 @@ class _Workshop:
         self, choice: Choice, device: Device, stage: int, ranges: Sequence[tuple[int, int]]
     ) -> StageMemory:
         job, segments = self.job, self.job.profile.segments
-        conditions = self._conditions(choice, device)
+        conditions = conditions_of(job, choice, device)
         chunks = []
         for start, stop in ranges:
             received = segments[start - 1].carried if start else 0.0
@@ -532,12 +563,16 @@ def why_slower(candidate: Candidate, best: Candidate) -> str:
     reasons = {
         f"idle {candidate.bubble:.0%} of the time (best {best.bubble:.0%})": _idle(candidate) - _idle(best),
         _longer_work(candidate.choice, best.choice): _work(candidate) - _work(best),
-        "reducing gradients over the replicas": candidate.end.reduce - best.end.reduce,
+        "reducing gradients over the replicas": _exchanged(candidate) - _exchanged(best),
         "the optimizer's step": candidate.end.optimizer - best.end.optimizer,
         "fewer devices at work": best.choice.num_devices - candidate.choice.num_devices and best.seconds,
     }
     reason = max(reasons, key=lambda name: reasons[name])
     return f"{slower:.0%} slower: {reason}"
+
+
+def _exchanged(candidate: Candidate) -> float:
+    return candidate.end.reduce + candidate.end.gather
 
 
 def _longer_work(choice: Choice, best: Choice) -> str:

@@ -280,9 +280,9 @@ class ParallelSection(Section):
     partition: list[PositiveInt] | Auto = "auto"
     """Layers of each stage, embedding and head counted as layers; auto balances by FLOPs. With `virtual_stages`,
     layers of each part in the model's order."""
-    split_layers: Auto | Literal[False] = "auto"
+    split_layers: list[str] | Auto | Literal[False] = "auto"
     """auto: stages may begin inside a layer, between its attention and its MLP, where that makes them more even; false:
-    between whole layers only."""
+    between whole layers only; a list: these layers are split, and `partition` counts each of their parts."""
     zero_stage: Literal[0, 1] | Auto = "auto"
     """ZeRO stage: 1 shards the optimizer state over the replicas."""
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
