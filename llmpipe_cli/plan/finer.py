@@ -16,7 +16,7 @@ from llmpipe_cli.plan.cost import around_passes, profile_costs, stage_costs
 from llmpipe_cli.plan.partition import balance_parts
 from llmpipe_cli.plan.plan import Layout
 from llmpipe_cli.plan.recipe_model import RecipeModel, recipe_model
-from llmpipe_cli.plan.search import Candidate, Found, Job, conditions_of, pinned_to, search
+from llmpipe_cli.plan.search import EQUAL_WITHIN, Candidate, Found, Job, conditions_of, pinned_to, search
 from llmpipe_cli.plan.simulate import StageCosts
 from llmpipe_cli.plan.steptime import num_chunks, pipeline_time
 from llmpipe_cli.recipe.schema import Recipe
@@ -62,7 +62,7 @@ def _cut_finer(recipe: Recipe, job: Job, found: Found) -> None:
     model: RecipeModel | None = None
     for hope in sorted((one for one in hopes if one is not None), key=lambda one: one.seconds):
         before = found.best[hope.place]
-        if hope.seconds >= min(_seconds(candidate) for candidate in found.best):
+        if hope.seconds > (1.0 - EQUAL_WITHIN) * min(_seconds(candidate) for candidate in found.best):
             break  # the others can still less
         model = model or recipe_model(recipe)
         finer = _finer(model, job, before, hope.layers)
