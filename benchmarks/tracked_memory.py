@@ -29,6 +29,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "bert", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6,
         "num_attention_heads": 4, "vocab_size": 1024, "max_position_embeddings": 512,
     },
+    "t5": {
+        "model_type": "t5", "d_model": 256, "d_ff": 1024, "d_kv": 64, "num_layers": 3, "num_decoder_layers": 3,
+        "num_heads": 4, "vocab_size": 1024,
+    },
     "wide": {
         "model_type": "llama", "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4,
         "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 8192, "max_position_embeddings": 512,
@@ -56,7 +60,15 @@ CASES: dict[str, tuple[str, int, int, str, str, int, str, int]] = {
     "wide": ("wide", 2, 1, "1f1b", "none", 0, "fp32", 4),
     "bert": ("bert", 2, 1, "1f1b", "none", 0, "fp32", 4),
     "wide-bf16": ("wide", 1, 1, "1f1b", "none", 1, "bf16", 4),
+    "long": ("llama", 2, 1, "1f1b", "none", 0, "fp32", 2),
+    "long-zb-v": ("llama", 2, 1, "zb-v", "none", 0, "fp32", 2),
+    "gpt2-long": ("gpt2", 1, 1, "1f1b", "none", 0, "fp32", 2),
+    "t5-one": ("t5", 1, 1, "1f1b", "none", 0, "fp32", 4),
+    "t5": ("t5", 2, 1, "1f1b", "none", 0, "fp32", 4),
 }
+LONG, USUAL = 448, 128
+"""Tokens a sample: of cases with `long` in their name, and of the others."""
+TASKS = {"bert": "classification", "t5": "translation"}
 
 
 def recipe(name: str) -> dict[str, Any]:
@@ -64,9 +76,9 @@ def recipe(name: str) -> dict[str, Any]:
     model, pipeline, data, schedule, checkpointing, zero_stage, dtype, micro_batch = CASES[name]
     return {
         "name": name,
-        "task": "classification" if model == "bert" else "causal-lm",
+        "task": TASKS.get(model, "causal-lm"),
         "model": {"config": MODELS[model], "dtype": dtype},
-        "data": {"train": {"synthetic": True}, "sequence_len": 128},
+        "data": {"train": {"synthetic": True}, "sequence_len": LONG if "long" in name else USUAL},
         "train": {"max_steps": 2, "global_batch_size": 4 * micro_batch * data, "micro_batch_size": micro_batch},
         "parallel": {
             "pipeline": pipeline, "data": data, "tensor": 1, "schedule": schedule, "zero_stage": zero_stage,

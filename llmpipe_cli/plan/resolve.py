@@ -210,6 +210,9 @@ def _set_special_tokens(config: Any, given: dict[str, Any], ids: dict[str, int])
         return
     # BART's decoder begins with the end of text, T5's and Marian's with padding: as the family's own config has it.
     usual = type(config)()
+    if not ids:  # synthetic rows, which no tokenizer made
+        ids = {"pad": 0, "eos": 1}
+        config.pad_token_id = given.get("pad_token_id", 0)
     usual_start = getattr(usual, "decoder_start_token_id", None)
     starts_with = "eos" if usual_start is not None and usual_start == usual.eos_token_id else "pad"
     for name, value in (("decoder_start", starts_with), ("forced_eos", "eos")):
