@@ -63,7 +63,7 @@ def _cut_finer(recipe: Recipe, job: Job, found: Found) -> None:
     for hope in sorted((one for one in hopes if one is not None), key=lambda one: one.seconds):
         before = found.best[hope.place]
         if hope.seconds > (1.0 - EQUAL_WITHIN) * min(_seconds(candidate) for candidate in found.best):
-            break  # the others can still less
+            break  # the others could gain less
         model = model or recipe_model(recipe)
         finer = _finer(model, job, before, hope.layers)
         if finer is not None and _seconds(finer) < _seconds(before) * (1.0 - WORTHWHILE):
