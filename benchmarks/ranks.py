@@ -13,6 +13,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,16 +118,16 @@ def _tracked(work: Any) -> tuple[int, int]:
         for event in results.events()
         if event.name() == "training step"
     ]
-    own: set[int] = set()
+    own: Counter[int] = Counter()  # blocks at an address: threads' clocks may put a release after the next allocation
     alive = peak = 0
     for moment, address, num_bytes in sorted(_allocations(results), key=lambda each: each[0]):
         # What an earlier job of this process left behind may be released now; it was never counted.
         if num_bytes > 0:
-            own.add(address)
-        elif address not in own:
+            own[address] += 1
+        elif not own[address]:
             continue
         else:
-            own.remove(address)
+            own[address] -= 1
         alive += num_bytes
         if any(begin <= moment <= end for begin, end in steps):
             peak = max(peak, alive)

@@ -10,8 +10,7 @@ from types import ModuleType
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-# Not those of replicas: on a busy machine a reduction lasts longer, and with it perhaps a copy of the gradients.
-CASES = ("1f1b-full", "zb-h1", "zb-v", "bf16", "interleaved", "gpt2", "t5")
+CASES = ("1f1b-full", "zb-h1", "zb-v", "bf16", "zero", "interleaved", "gpt2", "t5")
 
 
 @pytest.fixture(scope="module")
