@@ -120,7 +120,7 @@ class Choice:
         )
 
 
-def pinned_to(choice: Choice, chunks: int, partition: tuple[int, ...] | None = None) -> Pins:
+def pinned_to(choice: Choice, chunks: int) -> Pins:
     """Pins that leave this combination alone."""
     return Pins(
         pipeline=choice.pipeline,
@@ -131,7 +131,6 @@ def pinned_to(choice: Choice, chunks: int, partition: tuple[int, ...] | None = N
         schedule=choice.schedule,
         zero_stage=choice.zero_stage,
         checkpointing=choice.checkpointing,
-        partition=partition,
         chunks=chunks,
     )
 
