@@ -8,13 +8,13 @@ allocation and release to the profiler.
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +102,10 @@ def _tracked(work: Any) -> tuple[int, int]:
     own_step = Trainer.step
 
     def step(trainer: Trainer) -> bool:
-        gc.collect()  # what only waits for Python's collector is freed sooner or later: counted, peaks would differ
         with torch.profiler.record_function("training step"):
             return own_step(trainer)
 
-    gc.collect()
+    gc.collect()  # of an earlier job
     setattr(Trainer, "step", step)  # noqa: B010
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -119,24 +118,63 @@ def _tracked(work: Any) -> tuple[int, int]:
         for event in results.events()
         if event.name() == "training step"
     ]
-    own: Counter[int] = Counter()  # blocks at an address: threads' clocks may put a release after the next allocation
+    return code, peak_bytes(_allocations(results), steps)
+
+
+CLOCKS_APART_NS = 1_000_000
+"""More than clocks of threads differ by, and less than a block usually lives."""
+Allocation = tuple[int, int, int]
+"""Nanosecond, address and bytes of an allocation; a release has negative bytes."""
+
+
+def peak_bytes(allocations: Iterable[Allocation], windows: Sequence[tuple[int, int]]) -> int:
+    """The most bytes alive at once within any of the windows.
+
+    Not every release is reported: gloo's threads, which the profiler does not follow, may be the last to let go of a
+    tensor that was sent or reduced. So a block is also gone when another is allocated over it. Clocks of threads
+    differ a little: a release that comes up to `CLOCKS_APART_NS` after such an allocation is that of the block before.
+    Releases of what was never counted are those of an earlier job of this process.
+
+    Args:
+        allocations: in any order.
+        windows: first and last nanosecond of each.
+    """
+    sizes: dict[int, int] = {}  # of the blocks alive, by address
+    addresses: list[int] = []  # the same, ascending
+    covered: dict[tuple[int, int], int] = {}  # when blocks without a release were allocated over, by address and size
     alive = peak = 0
-    for moment, address, num_bytes in sorted(_allocations(results), key=lambda each: each[0]):
-        # What an earlier job of this process left behind may be released now; it was never counted.
+
+    def drop(address: int) -> int:
+        del addresses[bisect.bisect_left(addresses, address)]
+        return sizes.pop(address)
+
+    for moment, address, num_bytes in sorted(allocations, key=lambda each: each[0]):
         if num_bytes > 0:
-            own[address] += 1
-        elif not own[address]:
+            for gone in _overlapping(addresses, sizes, address, num_bytes):
+                covered[gone, sizes[gone]] = moment
+                alive -= drop(gone)
+            bisect.insort(addresses, address)
+            sizes[address] = num_bytes
+            alive += num_bytes
+        elif moment <= covered.pop((address, -num_bytes), moment - CLOCKS_APART_NS - 1) + CLOCKS_APART_NS:
             continue
-        else:
-            own[address] -= 1
-        alive += num_bytes
-        if any(begin <= moment <= end for begin, end in steps):
+        elif sizes.get(address) == -num_bytes:
+            alive -= drop(address)
+        if any(begin <= moment <= end for begin, end in windows):
             peak = max(peak, alive)
-    return code, peak
+    return peak
 
 
-def _allocations(results: Any) -> Iterator[tuple[int, int, int]]:
-    """Nanosecond, address and bytes of every allocation; a release has negative bytes."""
+def _overlapping(addresses: list[int], sizes: dict[int, int], start: int, num_bytes: int) -> list[int]:
+    """Addresses of the blocks that share bytes with the new one."""
+    first = bisect.bisect_left(addresses, start)
+    if first and addresses[first - 1] + sizes[addresses[first - 1]] > start:
+        first -= 1
+    return addresses[first : bisect.bisect_left(addresses, start + num_bytes)]
+
+
+def _allocations(results: Any) -> Iterator[Allocation]:
+    """Every allocation and release that the profiler noticed."""
     from torch._C._profiler import _EventType
 
     events = list(results.experimental_event_tree())

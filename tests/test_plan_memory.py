@@ -25,6 +25,24 @@ def tracked() -> ModuleType:
     return module
 
 
+@pytest.mark.parametrize(
+    ("allocations", "peak"),
+    [
+        ([(1, 100, 8), (2, 108, 4), (3, 100, -8), (4, 200, 6)], 12),
+        # a release that no one reported: the next block at the place tells of it, also where it begins elsewhere
+        ([(1, 100, 8), (2, 100, 8), (3, 200, 1)], 9),
+        ([(1, 100, 8), (2, 104, 16), (3, 200, 1)], 17),
+        # one dated too late, and one that is the new block's own
+        ([(1, 100, 8), (2, 100, 8), (3, 100, -8), (4, 200, 1)], 9),
+        ([(1, 100, 8), (2, 100, 8), (2_000_000, 100, -8), (2_000_001, 200, 1)], 8),
+        ([(1, 100, -8), (2, 200, 1)], 1),  # of an earlier job
+        ([(1, 100, 8), (2, 300, 64), (40_000_000, 300, -64)], 72),
+    ],
+)
+def test_bytes_alive_are_counted(tracked: ModuleType, allocations: list[tuple[int, int, int]], peak: int) -> None:
+    assert sys.modules["ranks"].peak_bytes(reversed(allocations), [(0, 30_000_000)]) == peak
+
+
 def test_peak_of_tensors(tracked: ModuleType, tmp_path: Path) -> None:
     """Every stage within a tenth of what was allocated."""
     found = {}

@@ -179,6 +179,10 @@ def test_killed_rank_and_two_ctrl_c_leave_checkpoints_to_go_on_from(folder: Path
         resumed = [line["step"] for line in read_metrics(after.metrics) if line.get("event") == "resume"]
         assert resumed == [before.steps_saved()[-1]]
     verify(interrupted.checkpoint(interrupted.steps_saved()[-1]))
+    # Seconds are predicted with the table's rates at first, then with what earlier runs of the model took here.
+    first, last = (read_json(run.path / "forecast.json") for run in (list_runs(folder / "runs")[0], interrupted))
+    assert "rates of the table" in first["presumed"]
+    assert last["presumed"] == ""
 
 
 def resume_long(folder: Path) -> tuple[RunDirectory, subprocess.Popen[str]]:

@@ -23,7 +23,7 @@ from llmpipe_cli.cli.signals import StopSignals
 from llmpipe_cli.cluster.launchers.base import Job, Launcher, LaunchSpec
 from llmpipe_cli.cluster.outcome import Outcome, write_status
 from llmpipe_cli.errors import EXIT_STOPPED, LlmpipeError, UsageError
-from llmpipe_cli.run import MetricsReader, RunDirectory, read_json, write_json, write_text
+from llmpipe_cli.run import MetricsReader, RunDirectory, list_runs, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from llmpipe_cli.cluster.devices import Devices
@@ -278,7 +278,7 @@ def run_plan(
         show(dry_run(plan, output_dir, options), options.as_json)
         return None
     launcher = options.starter
-    expected = _forecast(plan, options)
+    expected = _forecast(plan, output_dir, options)
     run = RunDirectory.create(output_dir, plan.name if plan.job == "train" else f"{plan.name}-{plan.job}")
     if loaded is not None:
         write_text(run.recipe, loaded.text)
@@ -311,7 +311,7 @@ def dry_run(plan: Plan, output_dir: Path, options: LaunchOptions) -> dict[str, A
     Raises:
         PreflightError: a stage needs more memory than a device has.
     """
-    _forecast(plan, options)
+    _forecast(plan, output_dir, options)
     run = RunDirectory((output_dir / f"{plan.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute())
     return describe(plan, options.starter, launch_spec(plan, run, options))
 
@@ -324,7 +324,7 @@ class EarlyEnd:
     reason: str | None = None
 
 
-def _forecast(plan: Plan, options: LaunchOptions) -> Forecast | None:
+def _forecast(plan: Plan, output_dir: Path, options: LaunchOptions) -> Forecast | None:
     """What a training is expected to take on its devices, where they are known; refused when it does not fit.
 
     Raises:
@@ -339,7 +339,7 @@ def _forecast(plan: Plan, options: LaunchOptions) -> Forecast | None:
         launcher = options.starter
         find = launcher.planned_devices if options.dry_run else launcher.devices
         cluster = machines_for(plan, find(options.devices))
-        return None if cluster is None else forecast(plan, cluster)
+        return None if cluster is None else forecast(plan, cluster, list_runs(output_dir))
 
 
 def watch(

@@ -11,8 +11,10 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import socket
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +29,12 @@ from llmpipe_cli.plan.rates import TABLE_RATES, Observation, Rates, fit_rates
 if TYPE_CHECKING:
     from llmpipe_cli.plan.plan import Plan
     from llmpipe_cli.plan.search import Candidate
+    from llmpipe_cli.run import RunDirectory
 
 
 _WARMUP = 3  # steps that say nothing about the others
 _PASSES = {"F": "F", "B": "IW", "I": "I", "W": "W"}  # the halves that an instruction consists of
+_LOOKED_AT, _EARLIER_RUNS = 20, 2  # newest runs looked at for those of a model, and of these used
 _LEAST_REDUCE_SECONDS = 1e-3  # shorter ones are latency
 
 
@@ -171,6 +175,38 @@ def calibrate_run(path: Path) -> Calibration:
             optimizer.append(Observation((end.optimizer,), took, beside))
     reductions = () if shared is None else (cluster.intra_node_gbps * cluster.link_fraction / shared,)
     return Calibration(passes=tuple(passes), optimizer=tuple(optimizer), reductions=reductions, source=str(path))
+
+
+def calibrate_on_earlier(plan: Plan, runs: Sequence[RunDirectory]) -> Calibration | None:
+    """A calibration from the newest runs of a plan's model on this machine's processor; None without any.
+
+    Args:
+        plan: the plan.
+        runs: run directories, oldest first.
+    """
+    if plan.device != "cpu":
+        return None
+    found: list[Calibration] = []
+    for run in reversed(runs[-_LOOKED_AT:]):
+        if len(found) < _EARLIER_RUNS and _is_alike(run, plan):
+            try:
+                found.append(calibrate_run(run.path))
+            except UsageError:
+                continue  # it ended too early to say anything
+    return functools.reduce(Calibration.joined, found) if found else None
+
+
+def _is_alike(run: RunDirectory, plan: Plan) -> bool:
+    """Whether a run trained the same model on processors of this machine."""
+    from llmpipe_cli.run import read_json
+
+    theirs = run.read_plan()
+    if any(theirs.get(name) != getattr(plan, name) for name in ("job", "device", "model_class", "model_config_fields")):
+        return False
+    if theirs["recipe"]["model"]["dtype"] != plan.recipe["model"]["dtype"]:
+        return False
+    ranks = [read_json(path) for path in run.control.glob("rank-*.json")]
+    return bool(ranks) and {rank.get("host") for rank in ranks if isinstance(rank, dict)} == {socket.gethostname()}
 
 
 def _median(lines: list[dict[str, Any]], stage: int, name: str) -> float:
