@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from llmpipe_cli.engine.communicators import open_connections, transfer_group
+from llmpipe_cli.engine.device_clock import clock_of
 from llmpipe_cli.engine.module import Carry, StageModule
 from llmpipe_cli.engine.randomness import DrawSeeder
 from llmpipe_cli.engine.recorder import Recorder
@@ -36,11 +37,13 @@ class MicroBatch:
         index: position in the global batch, over all replicas.
         inputs: keyword arguments of the model's forward, the same on every stage.
         num_targets: tokens or samples that the model's loss is the mean over.
+        num_tokens: tokens that are not padding; counted for training only.
     """
 
     index: int
     inputs: dict[str, torch.Tensor]
     num_targets: int
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class StageExecutor:
         wire: torch.dtype | None = None,
     ) -> None:
         self.module, self.device = module, device
-        self.recorder = Recorder()
+        self.recorder = Recorder(clock_of(device))
         self.peak_activations = 0
         self._seeder = seeder
         for replay in module.replays:
