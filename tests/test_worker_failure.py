@@ -15,7 +15,7 @@ def test_an_accelerator_without_memory(tmp_path: Path) -> None:
     """torch's message goes on about its allocator for a dozen lines."""
     run = RunDirectory(tmp_path)
     run.rank_error(3).parent.mkdir(parents=True)
-    text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB. Of it 1.2 GiB is free."
+    text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB. 1 GiB is free"
     assert write_failure(run, 3, torch.OutOfMemoryError(text)) == 4
     record = json.loads(run.rank_error(3).read_text())
     assert record["message"] == "CUDA out of memory. Tried to allocate 2.00 GiB"

@@ -11,8 +11,9 @@ from torch.distributed import distributed_c10d
 
 # A rank that waits longer for another one ends with an error; saving and evaluating are far below it.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-# With NCCL a posted receive is a kernel: it holds as many thread blocks as its communicator has channels until the data
-# has come, and the passes meanwhile compute on what is left of the device. NCCL_MAX_CTAS overrides it.
+# With NCCL a posted receive is a kernel: until the data has come it holds a multiprocessor for each channel of its
+# communicator (a power of two; up to 32 where nothing is said), and passes compute on what is left of the device. Four
+# are twice what NCCL uses for a peer on another node. NCCL_MAX_CTAS overrides it.
 _MAX_THREAD_BLOCKS = 4
 
 
