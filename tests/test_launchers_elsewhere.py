@@ -52,6 +52,10 @@ def test_manifest_is_valid_and_holds_no_secret(tmp_path: Path, monkeypatch: pyte
     assert {"name": "ODD", "value": "a b$$(HOME)\n\"'%h"} in trainer["env"]
     assert {"name": "LLMPIPE_RUN_DIR", "value": str(run.path)} in trainer["env"]
     assert "hf_inherited" not in json.dumps(manifest)
+    (patch,) = manifest["spec"]["runtimePatches"]
+    (pod,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    volumes = pod["template"]["spec"]["template"]["spec"]["volumes"]
+    assert {"name": "shared-memory", "emptyDir": {"medium": "Memory"}} in volumes
     assert "key" not in [entry.get("value") for entry in trainer["env"]]
     assert any("HF_TOKEN is a secret and left out" in text for text in said)
     named = KubernetesLauncher(KubernetesOptions("i", "c", str(tmp_path), 2, 4, secret="tokens"), said.append)

@@ -15,6 +15,11 @@ from llmpipe_cli.errors import PreflightError, UsageError
 
 DeviceKind = Literal["cpu", "cuda"]
 
+_UNUSED_DRIVER = (
+    "this machine has a driver of an accelerator, and torch finds no device: the ranks run on processor cores "
+    "(is torch built for it, the driver new enough, CUDA_VISIBLE_DEVICES right? DS_ACCELERATOR=cpu if it is meant)"
+)
+
 
 @dataclass(frozen=True)
 class Devices:
@@ -60,23 +65,26 @@ def local_devices(requested: int | None = None) -> Devices:
     """
     if requested is not None and requested < 1:
         raise UsageError(f"--devices {requested} is not a number of devices", hint="give 1 or more")
-    accelerators = [] if os.environ.get("DS_ACCELERATOR") == "cpu" else _cuda_devices()
-    if not accelerators:
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
         return _cpu(requested)
+    accelerators = _cuda_devices()
+    if not accelerators:
+        return _cpu(requested, _UNUSED_DRIVER if has_driver() else None)
     if requested is not None and requested > len(accelerators):
         raise PreflightError(
             f"{requested} devices are asked for and this machine has {len(accelerators)} ({accelerators[0][0]})",
             hint=f"use --devices {len(accelerators)}, or DS_ACCELERATOR=cpu to run on the processor",
         )
-    name, memory_bytes = accelerators[0]
-    return Devices("cuda", requested or len(accelerators), name, memory_bytes)
+    used = accelerators[:requested]
+    # The plan has to fit the smallest.
+    name, memory_bytes = min(used, key=lambda device: device[1])
+    return Devices("cuda", len(used), name, memory_bytes)
 
 
-def _cpu(requested: int | None) -> Devices:
+def _cpu(requested: int | None, warning: str | None = None) -> Devices:
     cores = num_cores()
     count = requested or min(cores, 2)
-    warning = None
-    if count > cores:
+    if count > cores and warning is None:
         warning = f"{count} ranks share {cores} cores: they take turns, so this says nothing about speed"
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // count
     return Devices("cpu", count, "cpu", memory_bytes, warning)

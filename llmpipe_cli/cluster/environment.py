@@ -21,7 +21,7 @@ _NAMES = {
 # Device numbers are chosen on each node; the others are this process's own.
 _STAY = {
     "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "LLMPIPE_JOB_MARK",
-    "LLMPIPE_RUN_DIR", "LLMPIPE_WORKER", "LLMPIPE_GUARD_PARENT",
+    "LLMPIPE_RUN_DIR", "LLMPIPE_WORKER", "LLMPIPE_DEVICE", "LLMPIPE_GUARD_PARENT",
 }  # fmt: skip
 
 

@@ -47,7 +47,9 @@ def main() -> None:
     """Become the guardian."""
     run, mark, meeting = read_token(sys.argv[1])
     given: dict[str, str] = json.loads(job_file(run, mark).read_text(encoding="ascii"))
-    environment = os.environ | given | {MARK_VARIABLE: mark}
+    # The runner was told to leave accelerators alone, and its children on its own node inherit that.
+    inherited = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
+    environment = inherited | given | {MARK_VARIABLE: mark}
     for name, theirs in _OPEN_MPI.items():
         environment.setdefault(name, os.environ.get(theirs, ""))
     environment["MASTER_ADDR"], environment["MASTER_PORT"] = meeting.address, str(meeting.port)

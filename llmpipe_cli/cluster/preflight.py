@@ -200,6 +200,8 @@ def _judge_devices(host: Host, devices: dict[str, Any], kinds: set[str], report:
         )
     highest = max(host.devices) + 1
     if devices["kind"] == "cpu":
+        if devices.get("warning"):
+            report.warnings.append(f"{host.name}: {devices['warning']}")
         if host.slots > devices["cores"]:
             report.warnings.append(f"{host.slots} ranks share {devices['cores']} cores on {host.name}")
     elif highest > devices["count"]:

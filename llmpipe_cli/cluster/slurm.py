@@ -71,7 +71,7 @@ def node(run: RunDirectory) -> int:
         write_json(run.control / STEP_FILE, {"step": f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"})
     for sig in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(sig, lambda signum, _: _ask_to_stop(run, preempted=signum == signal.SIGUSR1))
-    environment = fixed_environment(run.path, job["worker"], job["grace_seconds"])
+    environment = fixed_environment(run.path, job["worker"], job["grace_seconds"], job["device"])
     interface = interface_to(meeting["address"])
     if interface is not None:
         environment.setdefault("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", interface))

@@ -24,6 +24,7 @@ from llmpipe_cli.cluster.processes import guard_environment, guarded, kill_marke
 from llmpipe_cli.cluster.rank import RUN_VARIABLE, WORKER_VARIABLE
 
 MARK_VARIABLE = "LLMPIPE_JOB_MARK"
+DEVICE_VARIABLE = "LLMPIPE_DEVICE"
 _KILL_SECONDS = 10.0
 
 
@@ -60,13 +61,14 @@ def torchrun_argv(
     return [*argv, "--max-restarts=0", "--monitor-interval=0.2", "-m", "llmpipe_cli.cluster.rank"]
 
 
-def fixed_environment(run: Path, worker: str, grace_seconds: float) -> dict[str, str]:
-    """Variables that the guardians and torchrun need, whatever the user has set."""
+def fixed_environment(run: Path, worker: str, grace_seconds: float, device: str) -> dict[str, str]:
+    """Variables that guardians, ranks and torchrun need, whatever the user has set; `device` is cpu or cuda."""
     return {
         "PYTHONUNBUFFERED": "1",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(1, round(grace_seconds))),
         RUN_VARIABLE: str(run),
         WORKER_VARIABLE: worker,
+        DEVICE_VARIABLE: device,
     }
 
 

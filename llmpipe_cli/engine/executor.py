@@ -11,14 +11,14 @@ What each instruction took is recorded (`engine.recorder`).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from llmpipe_cli.engine.communicators import open_connections, transfer_group
+from llmpipe_cli.engine.device_clock import clock_of
 from llmpipe_cli.engine.module import Carry, StageModule
 from llmpipe_cli.engine.randomness import DrawSeeder
 from llmpipe_cli.engine.recorder import Recorder
@@ -37,11 +37,13 @@ class MicroBatch:
         index: position in the global batch, over all replicas.
         inputs: keyword arguments of the model's forward, the same on every stage.
         num_targets: tokens or samples that the model's loss is the mean over.
+        num_tokens: tokens that are not padding; counted for training only.
     """
 
     index: int
     inputs: dict[str, torch.Tensor]
     num_targets: int
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class StageExecutor:
         wire: torch.dtype | None = None,
     ) -> None:
         self.module, self.device = module, device
-        self.recorder = Recorder()
+        self.recorder = Recorder(clock_of(device))
         self.peak_activations = 0
         self._seeder = seeder
         for replay in module.replays:
@@ -240,36 +242,45 @@ class StageExecutor:
 def _connect(module: StageModule, device: torch.device, wire: torch.dtype | None) -> list[_Chunk]:
     """The ends of this stage's chunks, and the communicators they need; all ranks call this together.
 
-    There is a communicator for each direction and pair of chunks that a boundary can lie between, so that each carries
-    the messages of neighbouring parts in one direction and in one order, also where two stages are neighbours twice.
+    There is a communicator for each direction of each lane (`Placement.lanes`), so that each carries the messages of
+    neighbouring parts in one direction and in one order, and a rank sends to one other in it or receives from one.
     """
     placement, plan, bounds, grid = module.placement, module.slice_plan, module.bounds, module.mpu()
     owners = [placement.owner(part) for part in range(placement.num_parts)]
-    lanes = {(before[1], after[1]): None for before, after in itertools.pairwise(owners) if before[0] != after[0]}
-    groups = {lane: (dist.new_group(), dist.new_group()) for lane in sorted(lanes)}
+    lanes = placement.lanes()
+    groups = {lane: (transfer_group(), transfer_group()) for lane in sorted(set(lanes.values()))}
+    connections = []
+    for part, lane in lanes.items():
+        before, after = owners[part - 1][0], owners[part][0]
+        if module.stage_id in (before, after):
+            is_before = module.stage_id == before
+            peer = grid.stage_to_global(stage_id=after if is_before else before)
+            activations, gradients = groups[lane]
+            connections += [(activations, peer, is_before), (gradients, peer, not is_before)]
+    open_connections(connections, device)
     handovers: dict[int, tuple[Handover, Handover]] = {}  # by the boundary's later part
     chunks = []
     for chunk in range(placement.num_chunks):
         part = placement.part(module.stage_id, chunk)
         ends: dict[str, Any] = {}
         if part:
-            stage, before = owners[part - 1]
+            stage = owners[part - 1][0]
             ends["gradient_free_in"] = frozenset(plan.gradient_free(bounds[part]))
             if stage == module.stage_id:
                 ends["activations_in"], ends["gradients_out"] = handovers.setdefault(part, (Handover(), Handover()))
             else:
-                activations, gradients = groups[before, chunk]
+                activations, gradients = groups[lanes[part]]
                 peer = grid.stage_to_global(stage_id=stage)
                 ends["activations_in"] = Receiver(peer, activations, device, plan.num_carried(bounds[part]), wire=wire)
                 ends["gradients_out"] = Sender(peer, gradients, device, wire)
         if part + 1 < placement.num_parts:
-            stage, after = owners[part + 1]
+            stage = owners[part + 1][0]
             ends["gradient_free_out"] = frozenset(plan.gradient_free(bounds[part + 1]))
             if stage == module.stage_id:
                 handover = handovers.setdefault(part + 1, (Handover(), Handover()))
                 ends["activations_out"], ends["gradients_in"] = handover
             else:
-                activations, gradients = groups[chunk, after]
+                activations, gradients = groups[lanes[part + 1]]
                 peer = grid.stage_to_global(stage_id=stage)
                 ends["activations_out"] = Sender(peer, activations, device, wire)
                 ends["gradients_in"] = Receiver(peer, gradients, device, wire=wire)

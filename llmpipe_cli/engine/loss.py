@@ -6,6 +6,7 @@ apart: they are no mean over targets, and belong to the global batch as a mean o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,12 +55,16 @@ def make_loss(task: str, label_smoothing: float, class_weights: Sequence[float] 
         losses = F.cross_entropy(
             output.logits.float(),
             labels,
-            weight=torch.tensor(class_weights, device=labels.device),
+            weight=weights_on(labels.device),
             ignore_index=_IGNORED,
             label_smoothing=label_smoothing,
             reduction="none",
         )
         return Loss(losses.sum() / max(batch.num_targets, 1), *_auxiliary_losses(output))
+
+    @functools.cache
+    def weights_on(device: torch.device) -> torch.Tensor:
+        return torch.tensor(class_weights, device=device)
 
     if class_weights is not None:
         return weighted_loss

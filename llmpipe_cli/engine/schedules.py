@@ -65,6 +65,22 @@ class Placement:
         chunk, stage = divmod(part, self.num_stages)
         return (self.num_stages - 1 - stage if self.turns and chunk % 2 else stage), chunk
 
+    def lanes(self) -> dict[int, tuple[int, int, int]]:
+        """The boundaries that messages cross, by the later part, each with the lane that it belongs to.
+
+        Boundaries of one lane can share a communicator that does everything in one order: they lie between the same
+        chunks, also where two stages are neighbours twice, and no stage is at both ends of two of them, since a stage
+        that could not send before it has received would hold up the whole pipeline. Boundaries whose lanes begin with
+        the same number have no stage in common where a stage has one chunk; they come one after the other.
+        """
+        owners = [self.owner(part) for part in range(self.num_parts)]
+        lanes = {
+            part: (part % 2, owners[part - 1][1], owners[part][1])
+            for part in range(1, self.num_parts)
+            if owners[part - 1][0] != owners[part][0]
+        }
+        return dict(sorted(lanes.items(), key=lambda item: (item[1][0], item[0])))
+
 
 Orders = Callable[..., list[Instruction]]
 

@@ -1,8 +1,9 @@
 """Tensors between neighbouring stages, asynchronously.
 
 Activations travel to the next stage over one process group and gradients to the previous one over another, so that
-each communicator carries messages in one direction and in one order. Receives are posted before they are needed into
-fresh tensors; a sent tensor is kept alive until its request is done; nothing waits before its data is needed.
+each communicator carries messages in one direction and in one order (`engine.communicators`). Receives
+are posted before they are needed into fresh tensors; a sent tensor is kept alive until its request is done; nothing
+waits before its data is needed.
 
 Between two chunks of the same stage nothing travels: a `Handover` is both ends.
 

@@ -37,7 +37,10 @@ def initialise(model: PreTrainedModel, names: Iterable[str], seed: int) -> None:
     Raises:
         UsageError: transformers has no rule for a parameter.
     """
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    names = list(names)
+    places = {model.get_parameter(name).device for name in names}
+    # No others: even to look at one takes memory of an accelerator that this process may have nothing to do with.
+    devices = [place.index for place in places if place.type == "cuda"]
     tensors = iter([*model.parameters(), *model.buffers()])
     with protected(tensors), torch.no_grad(), torch.random.fork_rng(devices=devices):
         for name in names:

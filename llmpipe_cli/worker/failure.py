@@ -26,7 +26,7 @@ def write_failure(run: RunDirectory, rank: int, error: BaseException, stack: str
     """
     text = "".join(traceback.format_exception(error))
     print(f"{stack}{text}", file=sys.stderr, flush=True)
-    known = error if isinstance(error, LlmpipeError) else None
+    known = error if isinstance(error, LlmpipeError) else _out_of_memory(error)
     exit_code = known.exit_code if known else RankError.exit_code
     stage = os.environ.get("LLMPIPE_STAGE")
     record = {
@@ -44,3 +44,15 @@ def write_failure(run: RunDirectory, rank: int, error: BaseException, stack: str
         record["stage"] = int(stage)
     write_json(run.rank_error(rank), record)
     return exit_code
+
+
+def _out_of_memory(error: BaseException) -> RankError | None:
+    """What to do about an accelerator whose memory is full; None for any other exception. torch may not be there."""
+    if type(error).__name__ != "OutOfMemoryError":
+        return None
+    sentences = str(error).split(". ")
+    return RankError(
+        ". ".join(sentences[:2]).rstrip("."),  # the others are about the allocator
+        hint="set train.micro_batch_size lower or parallel.activation_checkpointing to full, or use more stages; "
+        "`llmpipe plan` tells what each layout needs",
+    )

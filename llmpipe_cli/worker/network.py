@@ -25,6 +25,7 @@ import torch.distributed as dist
 from llmpipe_cli.cluster.network import FILE_NAME, summarise
 from llmpipe_cli.engine.exchange import gather_json
 from llmpipe_cli.run import RunDirectory, write_json
+from llmpipe_cli.worker.device import rank_device
 from llmpipe_cli.worker.failure import write_failure
 
 _PINGS = 30
@@ -34,9 +35,8 @@ _REDUCE_BYTES = 16 << 20
 _TIMEOUT = timedelta(minutes=2)
 
 
-def measure() -> dict[str, Any]:
-    """Measure all links; called by all ranks together, which all get the result."""
-    device = _device()
+def measure(device: torch.device) -> dict[str, Any]:
+    """Measure all links from device to device; called by all ranks together, which all get the result."""
     before = _tcp_segments()
     pairs = []
     for left in range(dist.get_world_size() - 1):
@@ -103,11 +103,6 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _device() -> torch.device:
-    use_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if use_cuda else torch.device("cpu")
-
-
 def _tcp_segments() -> tuple[int, int]:
     """TCP segments that this node has sent, and sent again; zeros where the kernel does not tell."""
     try:
@@ -123,11 +118,9 @@ def main() -> int:
     """Measure and write; returns the exit code."""
     run, rank = RunDirectory(Path(sys.argv[1])), int(os.environ["RANK"])
     try:
-        device = _device()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        device = rank_device()
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
-        result = measure()
+        result = measure(device)
         if rank == 0:
             write_json(run.path / FILE_NAME, result)
         dist.barrier()

@@ -6,7 +6,6 @@ import importlib
 import logging
 import os
 from dataclasses import dataclass
-from datetime import timedelta
 
 import deepspeed
 import torch
@@ -16,6 +15,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from llmpipe_cli.engine.communicators import COLLECTIVE_TIMEOUT, use_collective_timeout
 from llmpipe_cli.engine.exchange import broadcast_json
 from llmpipe_cli.engine.module import StageModule, stage_chunks
 from llmpipe_cli.engine.schedules import splits_backward
@@ -27,11 +27,10 @@ from llmpipe_cli.model.tensor.apply import divide_model
 from llmpipe_cli.plan.plan import Plan
 from llmpipe_cli.recipe.schema import Recipe
 from llmpipe_cli.run import RunDirectory
+from llmpipe_cli.worker.device import rank_device
 from llmpipe_cli.worker.stop import StopFlag
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# A rank that waits longer for another one ends with an error; saving and evaluating are far below it.
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -68,17 +67,15 @@ class Context:
 
 def join(run: RunDirectory, stop: StopFlag) -> Context:
     """Join the process group that torchrun describes in the environment and learn the plan."""
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    rank = int(os.environ["RANK"])
     deepspeed_logger.setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
-    use_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    if use_cuda:
-        torch.cuda.set_device(device)
-    else:
+    device = rank_device()
+    if device.type == "cpu":
         quiet_cpu_start()
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    backend = "nccl" if use_cuda else "gloo"
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    use_collective_timeout()
     deepspeed.init_distributed(
         backend, auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT, dist_init_required=True
     )

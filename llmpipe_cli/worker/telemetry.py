@@ -45,6 +45,12 @@ class MetricsWriter:
             self.listener(line)
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let the peak of an accelerator's memory be that of what follows; a CPU's is that of the process's life."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this rank has used: allocated on an accelerator, resident on a CPU."""
     if device.type == "cuda":

@@ -36,12 +36,13 @@ from llmpipe_cli.errors import EXIT_STOPPED, CheckpointError, NumericsError
 from llmpipe_cli.model.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from llmpipe_cli.recipe.metrics import is_lower_better
 from llmpipe_cli.run import write_json
+from llmpipe_cli.tasks.base import Batch
 from llmpipe_cli.tasks.registry import get_task
 from llmpipe_cli.worker.evaluation import Evaluator
 from llmpipe_cli.worker.process import Context, config_from_fields, load_stage
 from llmpipe_cli.worker.stop import StopRequested
 from llmpipe_cli.worker.streaming import StreamBatches
-from llmpipe_cli.worker.telemetry import MetricsWriter, peak_memory_bytes
+from llmpipe_cli.worker.telemetry import MetricsWriter, peak_memory_bytes, reset_peak_memory
 from llmpipe_cli.worker.trackers import Trackers
 from llmpipe_cli.worker.watchdog import Watchdog
 
@@ -194,6 +195,7 @@ class Trainer:
         """One optimizer step; returns whether a rank was asked to stop."""
         recorder = self.engine.executor.recorder
         recorder.restart()
+        reset_peak_memory(self.context.device)
         started = time.perf_counter()
         step = self.position.step
         recorder.begin("data")
@@ -228,10 +230,10 @@ class Trainer:
     def _load(self, step: int, position: int) -> MicroBatch:
         """The replica's micro-batch at `position`; micro-batches are dealt to the replicas in turn."""
         index = position * self.plan.layout.data + self.context.replica
-        inputs = {
-            name: tensor.to(self.context.device) for name, tensor in self.batches.micro_batch(step, index).items()
-        }
-        return MicroBatch(index, inputs, self.task.num_targets(inputs))
+        batch = self.batches.micro_batch(step, index)
+        inputs = {name: tensor.to(self.context.device) for name, tensor in batch.items()}
+        # Counted where they were made: asking an accelerator would mean to wait for it.
+        return MicroBatch(index, inputs, self.task.num_targets(batch), _num_tokens(batch))
 
     def _exchange(self, result: StepResult, batches: list[MicroBatch]) -> list[dict[str, float]]:
         """Tell all ranks what happened on this one."""
@@ -244,7 +246,7 @@ class Trainer:
             "memory_bytes": float(peak_memory_bytes(self.context.device)),
             "stop": float(self.context.stop.is_set()),
             "save_failed": float(self.saver.has_failed),
-            "tokens": float(sum(_num_tokens(batch) for batch in batches)) if self._counts_tokens else 0.0,
+            "tokens": float(sum(batch.num_tokens for batch in batches)) if self._counts_tokens else 0.0,
         }
         mine = torch.tensor(list(row.values()), dtype=torch.float64, device=self.context.device)
         everyone = torch.zeros(dist.get_world_size() * len(row), dtype=torch.float64, device=self.context.device)
@@ -420,7 +422,7 @@ def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _num_tokens(batch: MicroBatch) -> int:
+def _num_tokens(batch: Batch) -> int:
     """Tokens that are not padding."""
-    mask = batch.inputs.get("attention_mask")
-    return int(mask.sum()) if mask is not None else batch.inputs["input_ids"].numel()
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()

@@ -129,9 +129,13 @@ class KubernetesLauncher(Launcher):
         }
         if options.gpus_per_node is not None:
             trainer["resourcesPerNode"] = {"limits": {"nvidia.com/gpu": options.gpus_per_node}}
-        container = {"name": _CONTAINER, "volumeMounts": [{"name": "runs", "mountPath": options.mount}]}
-        volume = {"name": "runs", "persistentVolumeClaim": {"claimName": options.claim}}
-        pods = {"spec": {"volumes": [volume], "containers": [container]}}
+        mounts = [{"name": "runs", "mountPath": options.mount}]
+        volumes: list[dict[str, Any]] = [{"name": "runs", "persistentVolumeClaim": {"claimName": options.claim}}]
+        if options.gpus_per_node is not None:  # NCCL's ranks meet there, and a container has 64 MB of it
+            mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})
+            volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
+        container = {"name": _CONTAINER, "volumeMounts": mounts}
+        pods = {"spec": {"volumes": volumes, "containers": [container]}}
         jobs = [{"name": _CONTAINER, "template": {"spec": {"template": pods}}}]
         return {
             "apiVersion": "trainer.kubeflow.org/v1alpha1",

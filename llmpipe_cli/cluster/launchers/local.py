@@ -123,4 +123,5 @@ def _environment(spec: LaunchSpec) -> dict[str, str]:
     if spec.device == "cpu":
         defaults["DS_ACCELERATOR"] = "cpu"
     chosen = {key: value for key, value in defaults.items() if key not in os.environ}
-    return chosen | dict(spec.environment) | fixed_environment(spec.run.path, spec.worker, spec.grace_seconds)
+    fixed = fixed_environment(spec.run.path, spec.worker, spec.grace_seconds, spec.device)
+    return chosen | dict(spec.environment) | fixed

@@ -46,5 +46,5 @@ def node_environment(spec: LaunchSpec, host: Host, num_local_ranks: int) -> dict
         chosen["NCCL_SOCKET_IFNAME"] = ON_THE_NODE
         if host.devices != tuple(range(num_local_ranks)):
             chosen["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.devices[:num_local_ranks]))
-    fixed = fixed_environment(spec.run.path, spec.worker, spec.grace_seconds)
+    fixed = fixed_environment(spec.run.path, spec.worker, spec.grace_seconds, spec.device)
     return chosen | travelling(os.environ) | dict(spec.environment) | fixed

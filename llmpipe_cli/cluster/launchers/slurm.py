@@ -110,6 +110,7 @@ class SlurmLauncher(Launcher):
                 "nodes": self._nodes,
                 "ranks_per_node": self._ranks_per_node,
                 "worker": spec.worker,
+                "device": spec.device,
                 "grace_seconds": spec.grace_seconds,
                 "requeue": requeue,
                 "attempts": self._options.attempts,
@@ -164,7 +165,8 @@ class SlurmLauncher(Launcher):
         if spec.device == "cpu":
             chosen |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         chosen = {key: value for key, value in chosen.items() if key not in os.environ}
-        return chosen | dict(spec.environment) | fixed_environment(spec.run.path, spec.worker, spec.grace_seconds)
+        fixed = fixed_environment(spec.run.path, spec.worker, spec.grace_seconds, spec.device)
+        return chosen | dict(spec.environment) | fixed
 
 
 class SlurmJob(Job):

@@ -25,7 +25,7 @@ from llmpipe_cli.model.slicing.effects import captured_lengths, is_effect, leave
 from llmpipe_cli.model.slicing.forward import forward_options
 from llmpipe_cli.model.slicing.placeholders import MetaTwin, hide_foreign_parameters
 from llmpipe_cli.model.slicing.plan import SideValue, SlicePlan
-from llmpipe_cli.model.slicing.structure import CallArguments, build_result, get_at, put_at, walk_tensors
+from llmpipe_cli.model.slicing.structure import CallArguments, build_result, get_at, put_at
 
 SeedFunction = Callable[[int], None]
 
@@ -250,6 +250,7 @@ class StageReplay:
     ) -> Callable[..., Any]:
         wanted = any(side.module == name and not side.is_layer for side in self.plan.sides)
         foreign = any(parameter.is_meta for parameter in module.parameters())
+        device = self._device()
 
         def call_glue(*args: Any, **kwargs: Any) -> Any:
             if not self._running or self._inside_layer or self._inside_glue:
@@ -263,7 +264,7 @@ class StageReplay:
                 result = forward(*args, **kwargs)
                 self._inside_glue = False
             elif twin is not None:
-                result = twin(_device_of(args, kwargs), args, kwargs)
+                result = twin(device, args, kwargs)
             else:
                 result = forward(*args, **kwargs)
             if wanted:
@@ -296,10 +297,3 @@ class StageReplay:
     def _seed(self, index: int) -> None:
         if self.seed_fn is not None:
             self.seed_fn(index)
-
-
-def _device_of(args: Any, kwargs: Any) -> torch.device:
-    for _, tensor in walk_tensors((args, kwargs)):
-        if not tensor.is_meta:
-            return tensor.device
-    return torch.device("cpu")
