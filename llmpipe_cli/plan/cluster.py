@@ -42,6 +42,9 @@ class Cluster:
         intra_latency_seconds: time of an empty message inside a node.
         inter_latency_seconds: the same between nodes.
         link_fraction: share of the rates that transfers reach; 1 for measured rates.
+        ring_gbps: Gbit/s that one adapter of a node gives to rings of collectives, each of which goes through one
+            adapter; None: as much as to other transfers, and a ring goes through as many as are free.
+        adapters: adapters of a node; only counts where `ring_gbps` is given.
         source: where the numbers come from, for people.
     """
 
@@ -51,6 +54,8 @@ class Cluster:
     intra_latency_seconds: float = INTRA_LATENCY_SECONDS
     inter_latency_seconds: float = INTER_LATENCY_SECONDS
     link_fraction: float = LINK_FRACTION
+    ring_gbps: float | None = None
+    adapters: int = 1
     source: str = ""
 
     @cached_property
@@ -106,9 +111,11 @@ class Cluster:
         rings = min(stride, self.devices_per_node)
         nodes = min(size, max(1, size * stride // self.devices_per_node))
         latency = rounds * (nodes - 1) * self.inter_latency_seconds + steps * self.intra_latency_seconds
+        out = volume * rings / self.devices_per_node  # bytes that go out of a node, a device
+        if self.ring_gbps:
+            out = max(out, volume * max(1.0, rings / self.adapters) * self.inter_node_gbps / self.ring_gbps)
         return latency + max(
-            self.seconds(volume * rings / self.devices_per_node, True),
-            self.seconds(volume, False) if rings < self.devices_per_node else 0.0,
+            self.seconds(out, True), self.seconds(volume, False) if rings < self.devices_per_node else 0.0
         )
 
 

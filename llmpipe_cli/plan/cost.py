@@ -29,11 +29,13 @@ TILES = ((256, 128, 1.0), (128, 128, 0.93), (128, 64, 0.8))
 tiles load more than they compute. A library chooses the one that is done first."""
 CPU_HALF_SIZE = 8.0
 """Size of a side of a matrix product at which a processor core reaches half its rate along that side."""
-ALIGNMENT = 64
+ALIGNMENT = 8
+"""Elements of 16 bit that tensor cores load at a time: 16 bytes."""
 UNALIGNED_PRODUCT_FRACTION = 0.8
-"""Rate of products in 16 bit with a side that is no multiple of 64, which the fastest kernels need."""
-UNALIGNED_HEAD_FRACTION = 0.06
-"""Rate of unfused attention's products when a head's size is no multiple of 8: tensor cores cannot be used."""
+"""Rate of products with a weight in 16 bit with a side that is no multiple of 8; no published run shows it."""
+UNALIGNED_HEAD_FRACTION = 0.035
+"""Share of the peak of unfused attention's products when a head's size is no multiple of 8: tensor cores cannot be used
+(11 TFLOP/s on an A100, a little over half its fp32 rate; `docs/planner.md`)."""
 FUSED_ATTENTION_FRACTION = {"v100": 0.35, "a100": 0.55, "h100": 0.42, "h200": 0.42}
 DEFAULT_FUSED_ATTENTION_FRACTION = 0.4
 """Share of the peak that fused attention reaches (Dao 2023, FlashAttention-2, figures 4 to 7)."""
@@ -173,7 +175,8 @@ def segment_work(segment: SegmentProfile, conditions: Conditions) -> tuple[Work,
         backward, called_back = CPU_BACKWARD_TRAFFIC, CPU_BACKWARD_LAUNCHES * launches
         elements = sum(product.inner * product.outer * product.count for product in segment.products) / tensor
         fetched = elements * (4 if conditions.dtype == "fp32" else 2) * CPU_WEIGHT_COPIES / rate
-    accumulated = learning * (2 + engine.gradient_bytes[conditions.dtype] * 2) / rate
+    stored = engine.gradient_bytes[conditions.dtype]
+    accumulated = 0.0 if engine.fused_accumulation else learning * (2 + stored * 2) / rate
     share = learning / max(segment.parameters_on(tensor), 1.0)
     return (
         Work(forward + core, streamed + fetched, launches),
@@ -191,7 +194,7 @@ def segment_costs(segment: SegmentProfile, conditions: Conditions) -> StageCosts
         reduced = segment.all_reduces * (once + conditions.engine.collective_seconds)
     forward, inputs, weights = (work.seconds(device) for work in segment_work(segment, conditions))
     forward += reduced
-    inputs += reduced
+    inputs += reduced - min(reduced * conditions.engine.hidden_reductions, weights)
     if segment.kind == "layer":
         if conditions.checkpointing == "full":
             inputs += forward

@@ -154,7 +154,7 @@ def stage_memory(
     activations += max(chunk.working for chunk in chunks) + sum(chunk.posted for chunk in chunks)
     # a process on a CPU has no driver's context
     fixed = 0.0 if conditions.device.is_cpu else engine.fixed_bytes
-    copies = engine.extra_parameter_bytes[dtype] * learning
+    copies = (engine.extra_parameter_bytes[dtype] + engine.step_bytes[zero_stage][dtype] / share) * learning
     reserved = fixed + engine.slack * (weights + gradients + state + activations + copies + fixed)
     return StageMemory(weights, gradients, state, activations, copies + reserved, reserved)
 
