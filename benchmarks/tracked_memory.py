@@ -54,6 +54,10 @@ CASES: dict[str, tuple[str, int, int, str, str, int, str, int]] = {
     "zb-v": ("llama", 2, 1, "zb-v", "none", 0, "fp32", 4),
     "interleaved": ("llama", 2, 1, "interleaved", "none", 0, "fp32", 4),
     "bf16": ("llama", 2, 1, "1f1b", "none", 1, "bf16", 4),
+    "fp16": ("llama", 2, 1, "1f1b", "none", 1, "fp16", 4),
+    "one-fp16": ("llama", 1, 1, "1f1b", "none", 1, "fp16", 4),
+    "zero-fp16": ("llama", 1, 2, "1f1b", "none", 1, "fp16", 4),
+    "zero-bf16": ("llama", 1, 2, "1f1b", "none", 1, "bf16", 4),
     "replicas": ("llama", 1, 2, "1f1b", "none", 0, "fp32", 4),
     "zero": ("llama", 1, 2, "1f1b", "none", 1, "fp32", 4),
     "gpt2": ("gpt2", 2, 1, "1f1b", "none", 0, "fp32", 4),
@@ -63,22 +67,30 @@ CASES: dict[str, tuple[str, int, int, str, str, int, str, int]] = {
     "long": ("llama", 2, 1, "1f1b", "none", 0, "fp32", 2),
     "long-zb-v": ("llama", 2, 1, "zb-v", "none", 0, "fp32", 2),
     "gpt2-long": ("gpt2", 1, 1, "1f1b", "none", 0, "fp32", 2),
+    "short": ("llama", 1, 2, "1f1b", "none", 0, "fp32", 1),
+    "short-one": ("llama", 1, 1, "1f1b", "none", 0, "fp32", 1),
+    "short-zero": ("llama", 1, 2, "1f1b", "none", 1, "fp32", 1),
+    "short-bf16": ("llama", 2, 1, "1f1b", "none", 1, "bf16", 1),
+    "short-zero-bf16": ("llama", 1, 2, "1f1b", "none", 1, "bf16", 1),
+    "short-fp16": ("llama", 2, 1, "1f1b", "none", 1, "fp16", 1),
+    "short-zero-fp16": ("llama", 1, 2, "1f1b", "none", 1, "fp16", 1),
     "t5-one": ("t5", 1, 1, "1f1b", "none", 0, "fp32", 4),
     "t5": ("t5", 2, 1, "1f1b", "none", 0, "fp32", 4),
 }
-LONG, USUAL = 448, 128
-"""Tokens a sample: of cases with `long` in their name, and of the others."""
+LENGTHS, USUAL = {"long": 448, "short": 16}, 128
+"""Tokens a sample: of cases with such a word in their name, and of the others."""
 TASKS = {"bert": "classification", "t5": "translation"}
 
 
 def recipe(name: str) -> dict[str, Any]:
     """A case as a recipe."""
     model, pipeline, data, schedule, checkpointing, zero_stage, dtype, micro_batch = CASES[name]
+    length = next((length for word, length in LENGTHS.items() if word in name), USUAL)
     return {
         "name": name,
         "task": TASKS.get(model, "causal-lm"),
         "model": {"config": MODELS[model], "dtype": dtype},
-        "data": {"train": {"synthetic": True}, "sequence_len": LONG if "long" in name else USUAL},
+        "data": {"train": {"synthetic": True}, "sequence_len": length},
         "train": {"max_steps": 2, "global_batch_size": 4 * micro_batch * data, "micro_batch_size": micro_batch},
         "parallel": {
             "pipeline": pipeline, "data": data, "tensor": 1, "schedule": schedule, "zero_stage": zero_stage,

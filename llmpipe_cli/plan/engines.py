@@ -6,7 +6,7 @@ source code and serve the comparison with published runs (`benchmarks/published_
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from llmpipe_cli.plan.devices import GIB
 
@@ -34,6 +34,9 @@ class EngineProfile:
         kept_boundaries: copies of a boundary's tensor that a stage keeps for each live micro-batch, besides what
             autograd saves.
         posted_boundaries: copies of a boundary's tensor on the way in each direction, whatever is alive.
+        bucket_elements: most gradients that are copied into one flat buffer to be reduced, after the backward passes.
+        shard_copies: bytes a parameter of the rank's shard that gradients take in the optimizer's step of ZeRO-1: as
+            they were reduced, flat and in fp32; by dtype, 0 where none are made.
         fresh_gradients: fp32 gradients without ZeRO are released after a step, and come with its first backward pass.
         slack: share by which an allocator's reservation exceeds what is in use.
         reduce_rounds: 2 for an all-reduce of gradients, 1 for a reduce-scatter.
@@ -66,6 +69,8 @@ class EngineProfile:
     reduce_rounds: int = 2
     sequence_parallel: bool = False
     posted_boundaries: float = 0.0
+    bucket_elements: float = 0.0
+    shard_copies: dict[str, float] = field(default_factory=lambda: _same(0))
     fresh_gradients: bool = False
     shards_everything: bool = False
     selective_elementwise: bool = False
@@ -83,13 +88,15 @@ OURS = EngineProfile(
     name="llmpipe",
     blocking_transfers=False,
     partitioned_transfers=False,
-    # bf16: DeepSpeed's BF16_Optimizer accumulates in fp32; fp16: its ZeRO-1 optimizer keeps a flat copy of the weights
+    # bf16: DeepSpeed's BF16_Optimizer accumulates in fp32
     gradient_bytes=_dtypes(4, 4, 2),
     reduce_bytes=_dtypes(4, 4, 2),
-    extra_parameter_bytes=_dtypes(0, 0, 2),
+    extra_parameter_bytes=_same(0),
     fixed_bytes=1.5 * GIB,  # assumed: context and NCCL's buffers
     kept_boundaries=1,
     posted_boundaries=2,  # receives are posted for two micro-batches ahead (`engine.transfers`)
+    bucket_elements=5e8,
+    shard_copies=_dtypes(8, 0, 8),
     fresh_gradients=True,
     slack=0.05,  # assumed
     selective_elementwise=True,
@@ -126,6 +133,8 @@ MEGATRON_DEEPSPEED = replace(
     fixed_bytes=3.0 * GIB,
     kept_boundaries=2,
     posted_boundaries=0,
+    bucket_elements=0,
+    shard_copies=_same(0),
     fresh_gradients=False,
     selective_elementwise=False,
     host_seconds=0.05,

@@ -3,7 +3,8 @@
 Weights, gradients and optimizer state follow from the stage's parameters, the dtype and the ZeRO stage (Rajbhandari et
 al. 2020: 2 + 2 + 12 bytes a parameter in 16 bit with Adam, the 12 divided by the replicas under ZeRO-1). Activations
 are what autograd keeps for each live micro-batch, as the schedule makes them live; under full checkpointing only the
-inputs of layers, and one layer's own while it is computed again.
+inputs of layers, and one layer's own while it is computed again. Where micro-batches are small, the fullest moment
+is that of reducing gradients or of the optimizer's step, with their copies of gradients.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from llmpipe_cli.plan.cost import Conditions
+from llmpipe_cli.plan.engines import EngineProfile
 from llmpipe_cli.plan.profile import SegmentProfile, Size
 
 OPTIMIZER_STATES = {"adamw": 2, "lion": 1, "sgd": 1, "adafactor": 0}
@@ -155,8 +157,20 @@ def stage_memory(
     # a process on a CPU has no driver's context
     fixed = 0.0 if conditions.device.is_cpu else engine.fixed_bytes
     copies = (engine.extra_parameter_bytes[dtype] + engine.step_bytes[zero_stage][dtype] / share) * learning
+    at_the_end = _end_of_step(engine, dtype, learning, data=data, zero_stage=zero_stage)
+    copies += max(0.0, at_the_end - activations)
     reserved = fixed + engine.slack * (weights + gradients + state + activations + copies + fixed)
     return StageMemory(weights, gradients, state, activations, copies + reserved, reserved)
+
+
+def _end_of_step(engine: EngineProfile, dtype: str, learning: float, *, data: int, zero_stage: int) -> float:
+    """Bytes besides weights, gradients and state after the last backward pass, when no activations are alive."""
+    reduced = data > 1 or zero_stage > 0
+    bucket = engine.reduce_bytes[dtype] * min(learning, engine.bucket_elements) if reduced else 0.0
+    copies = engine.shard_copies[dtype] if zero_stage else 0.0
+    # in place of the gradients, which are released shard by shard as they are reduced
+    step = learning * (copies / data - engine.gradient_bytes[dtype])
+    return max(bucket, step)
 
 
 def _kept(chunk: Sequence[SegmentProfile], conditions: Conditions, received: float) -> float:
