@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import pytest
 from jobs import Job, steps
 from rank_pool import RankPool
+from rich.console import Console
 from typer.testing import CliRunner
 
 from llmpipe_cli.cli.app import app
 from llmpipe_cli.cli.bench import combinations
 from llmpipe_cli.errors import UsageError
-from llmpipe_cli.report.bench import Contender, bench_rows, bench_table, plot, split_table
+from llmpipe_cli.report.bench import Contender, bench_rows, bench_tables, plot, split_table
 
 
 def test_combinations() -> None:
@@ -23,6 +25,21 @@ def test_combinations() -> None:
     for wrong in ("a", "=1", "a=1,,2", "a="):
         with pytest.raises(UsageError, match="FIELD=A,B"):
             combinations([wrong])
+
+
+def test_a_narrow_terminal_gets_two_tables_with_nothing_cut_off() -> None:
+    row = {
+        "system": "pipeline=1 schedule=zb-h1", "layout": {"pipeline": 1, "tensor": 1, "data": 1}, "schedule": "zb-h1",
+        "tokens_per_second": 12345.6, "step_seconds": 0.123, "speedup": 1.0, "speedup_range": [0.9, 1.1], "mfu": None,
+        "efficiency": 1.0, "bubble_fraction": 0.2, "simulated_bubble_fraction": 0.2, "memory_bytes": [2**29, 2**29],
+    }  # fmt: skip
+    assert len(bench_tables([row], 0, 200)) == 1
+    narrow = Console(width=80, file=io.StringIO())
+    narrow.print(*bench_tables([row], 0, 80))
+    assert isinstance(narrow.file, io.StringIO)
+    printed = narrow.file.getvalue()
+    assert "\u2026" not in printed, "nothing is cut off"
+    assert "512 MiB 512 MiB" in printed
 
 
 def test_rows_of_real_runs(tmp_path: Path) -> None:
@@ -56,7 +73,7 @@ def test_rows_of_real_runs(tmp_path: Path) -> None:
     assert two["efficiency"] == pytest.approx(two["speedup"] / 2)
     assert len(two["memory_bytes"]) == 2
     assert 0.0 <= one["bubble_fraction"] < two["bubble_fraction"] < 1.0
-    assert bench_table([one, two], 0).row_count == split_table([one, two]).row_count == 2
+    assert bench_tables([one, two], 0, 200)[0].row_count == split_table([one, two]).row_count == 2
     for row in (one, two):
         assert sum(row["step_split"].values()) == pytest.approx(1.0, abs=1e-6)
         assert row["step_split"]["busy"] > 0.0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import Commands
 from typer.testing import CliRunner
 
 from llmpipe_cli.cli.app import app
@@ -175,6 +177,16 @@ def test_json_errors_are_one_document(tmp_path: Path) -> None:
     assert document["error"]["exit_code"] == 2
     assert document["error"]["message"] == "there is no run 'nothing' in runs"
     assert "error: there is no run" in process.stderr
+
+
+def test_a_disk_that_takes_no_files_is_no_fault_of_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_folder: Path) -> list[RunDirectory]:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/plan.json")
+
+    monkeypatch.setattr("llmpipe_cli.cli.runs.list_runs", refuse)
+    printed = Commands(tmp_path, None).run("runs", "ls", "--json", exit_code=2)
+    assert json.loads(printed.stdout)["error"]["message"] == "a file cannot be written: No space left on device"
+    assert "at runs/plan.json" in printed.stderr
 
 
 def test_a_fault_of_the_program_is_one_line_and_a_file(tmp_path: Path) -> None:

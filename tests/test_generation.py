@@ -13,9 +13,16 @@ import torch
 from rank_pool import RankPool
 from tiny_models import tiny_config, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from llmpipe_cli.cli.generate import minimal_recipe
+from llmpipe_cli.cli.models import warn_of_drawn_weights
 from llmpipe_cli.plan.plan import Plan
 from llmpipe_cli.plan.resolve import make_plan
 from llmpipe_cli.run import RunDirectory, read_metrics
@@ -203,6 +210,22 @@ def test_sampling_depends_on_the_seed_and_neither_on_layout_nor_batch(folder: Pa
     assert _texts(_run(folder, pool, model, 3, sampling, batch_size=2)) == drawn
     assert _texts(_run(folder, pool, model, 2, {**sampling, "seed": 2})) != drawn
     assert _texts(_run(folder, pool, model, 2, {**sampling, "top_k": 1})) == _expected(model, do_sample=False)
+
+
+def test_weights_that_no_file_has_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that was trained to find answers has no output layer to write with."""
+
+    def told(model: PreTrainedModel) -> str:
+        model.save_pretrained(tmp_path)
+        plan = make_plan(
+            minimal_recipe(tmp_path, "fp32", 1), None, job="generate", device="cpu", num_devices=1, checkpoint=tmp_path
+        )
+        capsys.readouterr()
+        warn_of_drawn_weights(plan)
+        return capsys.readouterr().err
+
+    assert "cls.predictions" in told(tiny_model(tiny_config("bert", "question-answering"), "question-answering"))
+    assert told(tiny_model(tiny_config("bert", "causal-lm"), "causal-lm")) == ""
 
 
 def test_draws_follow_the_scores() -> None:

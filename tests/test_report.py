@@ -152,6 +152,18 @@ def test_which_view(environment: dict[str, str], live: bool) -> None:
     assert isinstance(make_view(Progress("demo"), console), LiveView) is live
 
 
+def test_the_cursor_rests_on_an_empty_line() -> None:
+    """What the terminal itself writes there, such as ^C, must not move the lines that are drawn again."""
+    file = io.StringIO()
+    console = Console(file=file, width=80, height=24, force_terminal=True, legacy_windows=False)
+    view = LiveView(progress_at(170), console)
+    view.start()
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).split("\n")
+    view.stop()
+    assert (drawn[-1], drawn[-2].strip() != "") == ("", True)
+    assert len(drawn) <= 24, "the view does not scroll the terminal"
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0, "0:00"), (59.6, "1:00"), (754, "12:34"), (7500, "2 h 05 min"), (280000, "3 d 5 h"), (None, "–")],

@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from llmpipe_cli.cli.jobs import read_environment
-from llmpipe_cli.cli.models import find_checkpoint, find_model, find_resume
+from llmpipe_cli.cli.evaluate import _harness_model
+from llmpipe_cli.cli.jobs import read_environment, refuse_other_training
+from llmpipe_cli.cli.models import find_checkpoint, find_model, find_resume, naming
 from llmpipe_cli.cli.runs import cancel
 from llmpipe_cli.cli.runs import logs as follow
 from llmpipe_cli.cluster.devices import local_devices, num_cores
 from llmpipe_cli.cluster.launchers.base import is_secret
 from llmpipe_cli.engine.manifest import file_entry, point, write_manifest
 from llmpipe_cli.errors import CheckpointError, UsageError
+from llmpipe_cli.recipe.load import load_recipe
 from llmpipe_cli.run import MetricsReader, RunDirectory, list_runs, read_metrics_summary, write_json
 
 
@@ -63,6 +65,59 @@ def test_status(tmp_path: Path) -> None:
     assert run.status()["state"] == "lost"
     run.write_status("failed", 4, message="why")
     assert (run.status()["state"], run.status()["exit_code"], run.status()["message"]) == ("failed", 4, "why")
+
+
+RECIPE = """\
+name: demo
+task: causal-lm
+model: {config: {model_type: llama, hidden_size: 32}}
+train: {max_steps: 4}
+"""
+
+
+def trained(folder: Path) -> Path:
+    """The checkpoint of a run as `RECIPE` describes it."""
+    run = RunDirectory.create(folder, "demo")
+    model = {"config": {"model_type": "llama", "hidden_size": 32}}
+    plan = {"recipe": {"model": model, "train": {"optimizer": "adamw"}}, "model_config_fields": {"vocab_size": 300}}
+    write_json(run.plan, plan)
+    return run.checkpoint(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.config.hidden_size=64", "the checkpoint was trained with hidden_size 32, the recipe says 64"),
+        ("model.config.vocab_size=301", "the checkpoint was trained with vocab_size 300, the recipe says 301"),
+        ("train.optimizer=sgd", "the checkpoint was trained with optimizer adamw, the recipe says sgd"),
+    ],
+)
+def test_going_on_cannot_change_what_the_checkpoint_decides(tmp_path: Path, change: str, message: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    checkpoint = trained(tmp_path / "runs")
+    refuse_other_training(load_recipe(tmp_path / "recipe.yaml"), checkpoint)
+    refuse_other_training(load_recipe(tmp_path / "recipe.yaml", [change]), tmp_path / "moved" / "step-00000002")
+    with pytest.raises(UsageError) as raised:
+        refuse_other_training(load_recipe(tmp_path / "recipe.yaml", [change]), checkpoint)
+    assert (raised.value.message, raised.value.where) == (message, f"--set {change}")
+
+
+def test_a_name_that_is_no_hub_id_may_have_been_meant_as_a_run(tmp_path: Path) -> None:
+    for place in ("model.from", "recipe.yaml:3:8 (model.from)", "recipe.yaml:1:1 (tokenizer)"):
+        with pytest.raises(UsageError) as raised, naming("dmeo", tmp_path):
+            raise UsageError("the config of dmeo cannot be read", where=place)
+        assert raised.value.where == "dmeo"
+        assert raised.value.hint == f"there is no run 'dmeo' in {tmp_path} either"
+    with pytest.raises(UsageError) as raised, naming("dmeo", tmp_path):
+        raise UsageError("too few", where="recipe.yaml:3:8 (train.max_steps)")
+    assert raised.value.where == "recipe.yaml:3:8 (train.max_steps)"
+
+
+def test_the_harness_needs_no_data_in_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "config.json").write_text("{}")
+    model, recipe, _ = _harness_model(tmp_path / "recipe.yaml", str(tmp_path), [])
+    assert (model, recipe.data.validation) == (tmp_path, None)
 
 
 def test_cancel_asks_a_running_job_to_stop(tmp_path: Path) -> None:

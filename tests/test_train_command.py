@@ -132,6 +132,17 @@ def test_resume_on_another_layout_goes_on_with_the_same_curve(folder: Path, insi
     assert (folder / "compare.png").is_file()
 
 
+def test_resume_of_a_finished_training_starts_no_rank(folder: Path) -> None:
+    commands, before = Commands(folder, None), list_runs(folder / "runs")
+    document = commands.json("train", "tiny.yaml", "--resume", "auto")
+    assert (document["state"], document["exit_code"], document["step"]) == ("done", 0, 6)
+    assert Path(document["checkpoint"]).name == "step-00000006"
+    checkpoint = str(before[0].checkpoint(4))
+    printed = commands.run("train", "tiny.yaml", "--resume", checkpoint, "--stop-at", "3", exit_code=75)
+    assert "nothing is left to train: the checkpoint is after step 4 of 6" in printed.stderr
+    assert list_runs(folder / "runs") == before
+
+
 def test_sigterm_saves_and_stops(folder: Path) -> None:
     process = subprocess.Popen(
         command("train", "tiny.yaml", "--set", "train.max_steps=5000", "--set", "name=long"),

@@ -6,10 +6,11 @@ Modules of commands import nothing heavy at their top; what they need to work is
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -30,11 +31,13 @@ from llmpipe_cli.cli import (
     sweep,
     train,
 )
-from llmpipe_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, LlmpipeError
+from llmpipe_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, LlmpipeError, UsageError
 
 # Importing torch and transformers makes a million objects that stay: looking through them every 700 for garbage takes
 # 0.5 s of the 7 s of a large `llmpipe plan`.
 _GARBAGE_THRESHOLD = 100_000
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 app = typer.Typer(
     name="llmpipe",
@@ -87,10 +90,7 @@ def main() -> None:
     except LlmpipeError as error:
         if console.debugging():
             raise
-        if "--json" in sys.argv:
-            console.print_json(console.error_as_json(error))
-        console.print_error(error)
-        sys.exit(error.exit_code)
+        _end_with(error)
     except signals.StopRequested:
         console.say("stopped before any rank was started", "yellow")
         sys.exit(EXIT_STOPPED)
@@ -103,8 +103,25 @@ def main() -> None:
     except Exception as error:
         if console.debugging():
             raise
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            _end_with(_unwritable(error))
         console.print_unexpected(error)
         sys.exit(1)
+
+
+def _end_with(error: LlmpipeError) -> NoReturn:
+    """Tell the user what is wrong, and leave with its exit code."""
+    if "--json" in sys.argv:
+        console.print_json(console.error_as_json(error))
+    console.print_error(error)
+    sys.exit(error.exit_code)
+
+
+def _unwritable(error: OSError) -> UsageError:
+    """A disk that is full or takes no files can be met wherever something is written."""
+    where = None if error.filename is None else str(error.filename)
+    hint = "free space, or name a place that can be written"
+    return UsageError(f"a file cannot be written: {error.strerror}", where=where, hint=hint)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def bench(
     options: jobs.LaunchOptions,
 ) -> None:
     """Measure training throughput: layouts and schedules side by side, and the speed-up over one device."""
-    from llmpipe_cli.report.bench import Contender, bench_rows, bench_table, plot, split_table
+    from llmpipe_cli.report.bench import Contender, bench_rows, bench_tables, plot, split_table
 
     variants = [(_name(changes), [*(set_ or []), *changes]) for changes in combinations(compare or [])]
     # Unlike training's own length, evaluations and checkpoints, which a bench leaves out.
@@ -84,8 +84,9 @@ def bench(
     if options.as_json:
         console.print_json({"rows": rows, "baseline": rows[baseline]["system"], "pairs": rounds})
     else:
-        console.stdout().print(bench_table(rows, baseline))
-        console.stdout().print()
+        for table in bench_tables(rows, baseline, console.stdout().width):
+            console.stdout().print(table)
+            console.stdout().print()
         console.stdout().print(split_table(rows))
     if png is not None:
         console.say(f"wrote {plot(rows, png)}")

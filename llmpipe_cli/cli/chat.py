@@ -50,20 +50,23 @@ def chat(
     env: EnvOption = None,
 ) -> None:
     """Talk with a model that is split over pipeline stages of this machine."""
-    from llmpipe_cli.cli.models import find_model
+    from llmpipe_cli.cli.models import find_model, naming, warn_of_drawn_weights
 
     options = launch_options(devices, env=env, grace_seconds=10.0)
 
     found = find_model(model, output_dir)
+    with naming(found, output_dir):
+        recipe = minimal_recipe(found, dtype, stages, 1)
     conversation = Conversation(tokenizer_source(found), system)
     plan = jobs.plan_job(
-        minimal_recipe(found, dtype, stages, 1),
+        recipe,
         None,
         jobs.devices_for(options),
         job="serve",
         checkpoint=found,
         options={"tokenizer": tokenizer_source(found)},
     )
+    warn_of_drawn_weights(plan)
     request = {
         "op": "generate",
         "stream": True,

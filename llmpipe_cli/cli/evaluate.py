@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -83,20 +84,24 @@ def evaluate(
         chosen = HarnessOptions(harness.split(","), harness_include, num_fewshot, limit)
         evaluate_with_harness(*_harness_model(recipe, checkpoint, set_ or []), chosen, options)
         return
+    from llmpipe_cli.cli.models import naming, warn_of_drawn_weights
+
     loaded = jobs.load(recipe, set_ or [], "evaluate")
     output_dir = Path(loaded.recipe.output_dir)
     model = _find(checkpoint, loaded, output_dir)
     found = jobs.devices_for(options)
     data = jobs.prepare(loaded, model)
-    plan = jobs.plan_job(
-        loaded.recipe,
-        data,
-        found,
-        job="evaluate",
-        loaded=loaded,
-        checkpoint=model,
-        options={"split": "validation", "checkpoint": str(model or loaded.recipe.model.from_)},
-    )
+    with naming(model, output_dir) if model is not None else nullcontext():
+        plan = jobs.plan_job(
+            loaded.recipe,
+            data,
+            found,
+            job="evaluate",
+            loaded=loaded,
+            checkpoint=model,
+            options={"split": "validation", "checkpoint": str(model or loaded.recipe.model.from_)},
+        )
+    warn_of_drawn_weights(plan)
     finished = jobs.run_plan(plan, loaded, output_dir, options)
     if finished is not None:
         if finished.exit_code == 0:
@@ -129,7 +134,7 @@ def _harness_model(what: Path, checkpoint: str | None, overrides: list[str]) -> 
     from llmpipe_cli.recipe.builtin import builtin_recipes
 
     if what.suffix in (".yaml", ".yml") or str(what) in builtin_recipes():
-        loaded = jobs.load(what, overrides, "evaluate")
+        loaded = jobs.load(what, overrides, None)  # the data is the harness's: the recipe needs none
         output_dir = Path(loaded.recipe.output_dir)
         model = _find(checkpoint, loaded, output_dir) or str(loaded.recipe.model.from_)
         return model, loaded.recipe, output_dir

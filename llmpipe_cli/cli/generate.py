@@ -77,10 +77,11 @@ def generate(
     """Go on from prompts with a model that is split over pipeline stages."""
     given, file, num_prompts = _find_prompts(prompt or [], prompts)
 
-    from llmpipe_cli.cli.models import find_model
+    from llmpipe_cli.cli.models import find_model, naming, warn_of_drawn_weights
 
     found = find_model(model, output_dir)
-    recipe = minimal_recipe(found, dtype, stages, batch_size, tensor)
+    with naming(found, output_dir):
+        recipe = minimal_recipe(found, dtype, stages, batch_size, tensor)
     available = jobs.devices_for(options)
     plan = jobs.plan_job(
         recipe,
@@ -104,6 +105,7 @@ def generate(
             "stop": stop or [],
         },
     )
+    warn_of_drawn_weights(plan)
     finished = jobs.run_plan(plan, None, output_dir, options)
     if finished is not None:
         if finished.exit_code == EXIT_STOPPED:
@@ -179,7 +181,9 @@ def _find_prompts(given: list[str], file: Path | None) -> tuple[list[str], Path 
         try:
             with file.open(encoding="utf-8") as lines:
                 count = sum(1 for _ in parse_prompts(lines, file))
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise UsageError(f"the prompts cannot be read: {error.strerror}", where=f"--prompts {file}") from error
+        except UnicodeDecodeError as error:
             raise UsageError(f"the prompts cannot be read: {error}", where=f"--prompts {file}") from error
     if broken := next((prompt for prompt in prompts if not is_text(prompt)), None):
         raise UsageError("the prompt is not Unicode text", where=repr(broken[:40]))
@@ -196,7 +200,7 @@ def _finish(run: RunDirectory, output: Path | None, as_json: bool) -> None:
         try:
             shutil.copyfile(run.generations, output)
         except OSError as error:
-            raise UsageError(f"the results cannot be copied: {error}", where=f"--output {output}") from error
+            raise UsageError(f"the results cannot be copied: {error.strerror}", where=f"--output {output}") from error
     if output is not None and not as_json:
         console.say(f"written to {output}")
         return

@@ -151,6 +151,32 @@ def warn_of_other_data(data: PreparedData | None, checkpoint: Path) -> None:
         console.say("warning: the training data is not the one that the checkpoint has seen so far", "yellow")
 
 
+def refuse_other_training(loaded: LoadedRecipe, checkpoint: Path) -> None:
+    """What a checkpoint decides cannot be changed by going on from it; without a word the recipe's would be ignored.
+
+    Compared is what the checkpoint's run was asked for; one that lies elsewhere than in its run is taken as it is.
+
+    Raises:
+        UsageError: a field of the model's config or the optimizer is another one than before.
+    """
+    before = RunDirectory(checkpoint.parent.parent).read_plan()
+    asked = before.get("recipe") or {}
+    config = {**(before.get("model_config_fields") or {}), **((asked.get("model") or {}).get("config") or {})}
+    saved = {f"model.config.{name}": value for name, value in config.items()}
+    saved["train.optimizer"] = (asked.get("train") or {}).get("optimizer")
+    wanted = {f"model.config.{name}": value for name, value in (loaded.recipe.model.config or {}).items()}
+    wanted["train.optimizer"] = loaded.recipe.train.optimizer
+    for field_name, value in wanted.items():
+        if saved.get(field_name, value) not in (None, value):
+            name = field_name.rpartition(".")[2]
+            raise loaded.error(
+                field_name,
+                f"the checkpoint was trained with {name} {saved[field_name]}, the recipe says {value}",
+                f"write {name}: {saved[field_name]}, or start a new training: under another name, or from these "
+                "weights with `llmpipe finetune --from`",
+            )
+
+
 def _prepare(loaded: LoadedRecipe, fold: tuple[int, int] | None = None) -> PreparedData:
     from llmpipe_cli.data.prepare import prepare as prepare_data
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmpipe_cli.cli import console
-from llmpipe_cli.errors import CheckpointError, UsageError
+from llmpipe_cli.errors import CheckpointError, LlmpipeError, UsageError
 from llmpipe_cli.run import MANIFEST, RunDirectory, list_runs
+
+if TYPE_CHECKING:
+    from llmpipe_cli.plan.plan import Plan
 
 _HINT = "give a checkpoint folder such as runs/NAME/checkpoints/step-00001000, a run directory or a run's name"
 
@@ -86,6 +92,59 @@ def find_model(what: str, output_dir: Path) -> Path | str:
     if not is_local and what.count("/") <= 1 and not _is_run(what, output_dir):
         return what
     return find_checkpoint(what, output_dir)
+
+
+@contextmanager
+def naming(what: Path | str, output_dir: Path) -> Iterator[None]:
+    """Errors about a model that was named on the command line say its name, not a field of a recipe.
+
+    A name that is no folder and no run is taken for a hub id: when that fails, it may have been meant as a run's.
+    """
+    try:
+        yield
+    except LlmpipeError as error:
+        # Errors about a recipe's field end with it: `recipe.yaml:3:8 (model.from)`.
+        place = (error.where or "").rpartition(" ")[2].strip("()")
+        if place == "model.from" or (isinstance(what, str) and place == "tokenizer"):
+            error.where = str(what)
+            if isinstance(what, str):
+                error.hint = f"there is no run '{what}' in {output_dir} either{_runs_with_a_model(output_dir)}"
+        raise
+
+
+def _runs_with_a_model(output_dir: Path) -> str:
+    runs = [run for run in reversed(list_runs(output_dir)) if run.latest_checkpoint() is not None]
+    names = list(dict.fromkeys(run.recipe_name for run in runs))[:3]
+    return f"; newest with a checkpoint: {', '.join(names)}" if names else ""
+
+
+def warn_of_drawn_weights(plan: Plan) -> None:
+    """Say so when a model is used without training and its files lack weights, which are then drawn at random.
+
+    So it is with the output layer when a text is asked of a model that was trained to classify.
+    """
+    if plan.weights is None:
+        return
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from llmpipe_cli.model.skeleton import build_skeleton
+    from llmpipe_cli.model.slicing.plan import SlicePlan
+    from llmpipe_cli.model.weights import missing_names
+
+    slice_plan = SlicePlan.from_json(plan.slice_plan)
+    config = CONFIG_MAPPING[plan.model_type].from_dict(plan.model_config_fields)
+    model = build_skeleton(getattr(transformers, plan.model_class), config)
+    allow_pickle = bool(plan.recipe["model"].get("allow_pickle"))
+    elsewhere = {*slice_plan.replicated, *slice_plan.unused, *((plan.adapters or {}).get("saved") or ())}
+    drawn = [name for name in missing_names(model, plan.weights, allow_pickle=allow_pickle) if name not in elsewhere]
+    if drawn:
+        more = f" and {len(drawn) - 1} more" if len(drawn) > 1 else ""
+        console.say(
+            f"warning: the model was not trained for this: {drawn[0]}{more} of its weights are in no file of "
+            f"{plan.weights} and are drawn at random",
+            "yellow",
+        )
 
 
 def _is_run(what: str, output_dir: Path) -> bool:

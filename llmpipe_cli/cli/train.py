@@ -11,10 +11,11 @@ import typer
 from llmpipe_cli.cli import console, jobs
 from llmpipe_cli.cli.options import RecipeArgument, SetOption, launching
 from llmpipe_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+from llmpipe_cli.run import RunDirectory
 
 if TYPE_CHECKING:
+    from llmpipe_cli.plan.plan import TrainingSettings
     from llmpipe_cli.recipe.load import LoadedRecipe
-    from llmpipe_cli.run import RunDirectory
 
 ResumeOption = Annotated[
     str | None,
@@ -68,13 +69,14 @@ def finetune(
     options: jobs.LaunchOptions,
 ) -> None:
     """Train on from a pretrained model, with its own tokenizer: all its weights, or LoRA adapters (`lora: {r: 8}`)."""
-    from llmpipe_cli.cli.models import find_model
+    from llmpipe_cli.cli.models import find_model, naming
     from llmpipe_cli.recipe.load import load_recipe
 
     # A run's name is looked for where the recipe keeps its runs.
     asked = load_recipe(recipe, _starting_from(from_, set_ or []), job="train").recipe
     model = find_model(from_, Path(asked.output_dir))
-    _train(jobs.load(recipe, _starting_from(str(model), set_ or []), "train"), resume, stop_at, options)
+    with naming(model, Path(asked.output_dir)):
+        _train(jobs.load(recipe, _starting_from(str(model), set_ or []), "train"), resume, stop_at, options)
 
 
 def _starting_from(model: str, overrides: list[str]) -> list[str]:
@@ -90,6 +92,8 @@ def _train(loaded: LoadedRecipe, resume: str | None, stop_at: int | None, option
 
         checkpoint = find_resume(resume, loaded.recipe.name, output_dir)
         console.say(f"goes on from {checkpoint}" if checkpoint else "no checkpoint yet: starts at step 0")
+    if checkpoint is not None:
+        jobs.refuse_other_training(loaded, checkpoint)
     devices = jobs.devices_for(options)
     data = jobs.prepare(loaded, checkpoint)
     if checkpoint is not None:
@@ -97,10 +101,41 @@ def _train(loaded: LoadedRecipe, resume: str | None, stop_at: int | None, option
     plan = jobs.plan_job(loaded.recipe, data, devices, job="train", loaded=loaded, checkpoint=checkpoint)
     if stop_at is not None:
         plan = plan.stopping_at(stop_at)
+    if checkpoint is not None and plan.training is not None and not options.dry_run:
+        _end_if_nothing_is_left(checkpoint, plan.training, options)
     finished = jobs.run_plan(plan, loaded, output_dir, options)
     if finished is not None:
         _summarise(finished, options)
         raise typer.Exit(finished.exit_code)
+
+
+def _end_if_nothing_is_left(checkpoint: Path, training: TrainingSettings, options: jobs.LaunchOptions) -> None:
+    """End here when the checkpoint is where the training would end: ranks would only leave a run without a step."""
+    from llmpipe_cli.engine.manifest import training_state
+
+    step = training_state(checkpoint)["position"]["step"]
+    if step < min(training.max_steps, training.stop_at or training.max_steps):
+        return
+    exit_code = 0 if step >= training.max_steps else EXIT_STOPPED
+    console.say(f"nothing is left to train: the checkpoint is after step {step:,} of {training.max_steps:,}")
+    if options.as_json:
+        from llmpipe_cli.report.tables import describe_run
+
+        run = RunDirectory(checkpoint.parent.parent)
+        facts = describe_run(run)
+        console.print_json(
+            {
+                "run": str(run.path),
+                "state": "done" if exit_code == 0 else "stopped",
+                "exit_code": exit_code,
+                "step": step,
+                "loss": facts["loss"],
+                "validation": facts["validation"],
+                "checkpoint": str(checkpoint),
+                "plot": None,
+            }
+        )
+    raise typer.Exit(exit_code)
 
 
 def _summarise(finished: jobs.Finished, options: jobs.LaunchOptions) -> None:

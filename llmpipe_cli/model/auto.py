@@ -70,8 +70,8 @@ def load_config(
         raise UsageError("the recipe names no model", where="model", hint=hint)
 
     if getattr(config, "quantization_config", None) is not None:
-        hint = "start from the unquantised model"
-        raise UsageError("quantised checkpoints cannot be trained", where="model.from", hint=hint)
+        hint = "take the unquantised model"
+        raise UsageError("quantised checkpoints are neither trained nor run here", where="model.from", hint=hint)
     config = own_config(config, task)
     text_config = config.get_text_config()
     known_size = getattr(text_config, "vocab_size", None)

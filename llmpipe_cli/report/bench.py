@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from llmpipe_cli.engine.recorder import PARTS
@@ -100,7 +101,7 @@ def split_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Where the step's time goes, for a terminal."""
     table = Table(box=None, header_style="bold", pad_edge=False, caption="share of the step, mean of the stages")
     table.caption_justify = "left"
-    table.add_column("system")
+    table.add_column("system", overflow="fold")
     for part in rows[0]["step_split"]:
         table.add_column(_PART_NAMES.get(part, part), justify="right")
     for row in rows:
@@ -152,32 +153,48 @@ _PART_COLORS = {
 }
 
 
-def bench_table(rows: Sequence[dict[str, Any]], baseline: int) -> Table:
-    """The rows for a terminal; the speed-up is over row `baseline`."""
-    name = rows[baseline]["system"]
-    caption = f"speed-up over {name}: median of the rounds (smallest to largest); idle: share of the pipeline's time"
+def bench_tables(rows: Sequence[dict[str, Any]], baseline: int, width: int) -> list[Table]:
+    """The rows for a terminal of this width: one table, or where that is too wide one of speeds and one of use.
+
+    The speed-up is over row `baseline`.
+    """
+    speed = f"speed-up over {rows[baseline]['system']}: median of the rounds (smallest to largest)"
+    use = "idle: share of the pipeline's time"
+    whole = _table(rows, [*_SPEEDS, *_USE], f"{speed}; {use}")
+    if Console(width=10_000).measure(whole).maximum <= width:
+        return [whole]
+    return [_table(rows, _SPEEDS, speed), _table(rows, _USE, use)]
+
+
+def _table(rows: Sequence[dict[str, Any]], columns: Sequence[str], caption: str) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, caption=caption, caption_justify="left")
-    table.add_column("system")
-    table.add_column("layout")
-    table.add_column("schedule")
-    for name in ("tokens/s", "step s", "speed-up", "efficiency", "MFU", "idle", "simulated", "memory"):
-        table.add_column(name, justify="right")
+    table.add_column("system", overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("layout", "schedule") else "right")
     for row in rows:
-        low, high = row["speedup_range"]
-        table.add_row(
-            row["system"],
-            formats.layout(row["layout"]),
-            row["schedule"],
-            f"{row['tokens_per_second']:.0f}",
-            f"{row['step_seconds']:.3f}",
-            f"{row['speedup']:.3f} ({low:.3f} to {high:.3f})",
-            f"{row['efficiency']:.2f}",
-            "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
-            f"{row['bubble_fraction']:.1%}",
-            f"{row['simulated_bubble_fraction']:.1%}",
-            " ".join(formats.memory(value) for value in row["memory_bytes"]),
-        )
+        cells = _cells(row)
+        table.add_row(row["system"], *(cells[name] for name in columns))
     return table
+
+
+_SPEEDS = ("layout", "schedule", "tokens/s", "step s", "speed-up")
+_USE = ("efficiency", "MFU", "idle", "simulated", "memory")
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    low, high = row["speedup_range"]
+    return {
+        "layout": formats.layout(row["layout"]),
+        "schedule": row["schedule"],
+        "tokens/s": f"{row['tokens_per_second']:.0f}",
+        "step s": f"{row['step_seconds']:.3f}",
+        "speed-up": f"{row['speedup']:.3f} ({low:.3f} to {high:.3f})",
+        "efficiency": f"{row['efficiency']:.2f}",
+        "MFU": "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
+        "idle": f"{row['bubble_fraction']:.1%}",
+        "simulated": f"{row['simulated_bubble_fraction']:.1%}",
+        "memory": " ".join(formats.memory(value) for value in row["memory_bytes"]),
+    }
 
 
 def _steps(run: RunDirectory) -> list[dict[str, Any]]:

@@ -92,7 +92,9 @@ class LiveView:
     def _draw(self) -> None:
         self._drawn = time.monotonic()
         size = self._console.size
-        self._live.update(render(self._progress, size.width, size.height - 1), refresh=True)
+        # The cursor rests on an empty line: a terminal writes `^C` there, which behind a full line would begin a line
+        # that the next drawing does not know of.
+        self._live.update(Group(render(self._progress, size.width, size.height - 2), Text()), refresh=True)
 
 
 class PlainView:
