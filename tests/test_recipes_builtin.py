@@ -93,6 +93,15 @@ def test_validate_takes_names_files_and_changes_without_torch(tmp_path: Path) ->
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_validate_names_a_model_type_that_transformers_lacks(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("name: r\nmodel:\n  config: {model_type: lama}\n")
+    result = llmpipe("recipes", "validate", "r.yaml", folder=tmp_path)
+    assert result.returncode == 2
+    assert "knows no model type 'lama'" in result.stderr
+    assert "r.yaml:3:24" in result.stderr
+    assert "llama" in result.stderr
+
+
 def test_validate_json(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("name: x\nmodel: {from: gpt2}\ntrain: {lr: 1e-3}\n")
     document = json.loads(llmpipe("recipes", "validate", "r.yaml", "--json", folder=tmp_path).stdout)

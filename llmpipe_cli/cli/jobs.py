@@ -107,6 +107,21 @@ def load(recipe: Path, overrides: Sequence[str], job: str | None) -> LoadedRecip
     return loaded
 
 
+def check_model(loaded: LoadedRecipe) -> None:
+    """Whether transformers can make the model that a recipe describes; asked before any data is read.
+
+    Raises:
+        UsageError: an unknown type, a field that it does not have, or a task that it has no model for.
+    """
+    section = loaded.recipe.model
+    if section.from_ is not None or section.config is None:
+        return  # a pretrained one is read when the job is planned
+    from llmpipe_cli.model.auto import load_config, model_class
+
+    with places(loaded):
+        model_class(load_config(section, loaded.recipe.task), loaded.recipe.task)
+
+
 def prepare(loaded: LoadedRecipe, checkpoint: Path | str | None = None) -> PreparedData | None:
     """The recipe's data, tokenised and packed, with its progress shown; None when the recipe has none.
 
@@ -120,6 +135,7 @@ def prepare(loaded: LoadedRecipe, checkpoint: Path | str | None = None) -> Prepa
     """
     if loaded.recipe.data.train is None and loaded.recipe.data.validation is None:
         return None
+    check_model(loaded)
     data = _prepare(loaded)
     if checkpoint is not None and _is_other_tokenizer(data.tokenizer_dir, Path(checkpoint)):
         if isinstance(loaded.recipe.tokenizer, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ from llmpipe_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from llmpipe_cli.recipe.load import LoadedRecipe
+    from llmpipe_cli.recipe.schema import Recipe
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -93,6 +95,11 @@ def validate(
     from llmpipe_cli.recipe.load import load_recipe
 
     loaded = load_recipe(name, set_ or [])
+    if loaded.recipe.model.from_ is None and not _is_known(loaded.recipe):
+        from llmpipe_cli.cli.jobs import check_model
+
+        with console.working("asking transformers for the model"):
+            check_model(loaded)
     if as_json:
         notices = [
             {"message": notice.message, "where": notice.where, "hint": notice.hint} for notice in loaded.warnings
@@ -119,6 +126,15 @@ def schema() -> None:
     # What a recipe needs may come from the file it extends.
     document.pop("required", None)
     console.print_json(document)
+
+
+def _is_known(recipe: Recipe) -> bool:
+    """Whether the table has the model's type for the task, so that transformers need not be asked."""
+    from llmpipe_cli.model.table import TABLE
+
+    types = json.loads(TABLE.read_text(encoding="utf-8"))["tasks"]
+    task = "causal-lm" if recipe.task == "chat" else recipe.task
+    return (recipe.model.config or {}).get("model_type") in types.get(task, {})
 
 
 def _description(path: Path) -> str:

@@ -114,14 +114,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, job: str | N
     found, shown = find_recipe(path)
     problems: Problems = []
     warnings: list[tuple[Place, Notice]] = []
-    tree, lock = _read_files(found, shown, problems, warnings)
+    tree, lock, whole = _read_files(found, shown, problems, warnings)
     for index, override in enumerate(overrides):
         _apply_override(tree, override, _FIRST_OVERRIDE + index, problems, warnings)
     if problems and not tree.value:
         raise _recipe_error(problems)
 
     broken: set[str] = set()
-    checked = _check_section(tree, Recipe, "", problems, broken)
+    checked = _check_section(tree, Recipe, "", problems, broken, whole=whole)
     recipe = _validate(checked, broken)
     if recipe is not None:
         for finding in checks.check(recipe, job=job, locked=lock is not None):
@@ -146,11 +146,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, job: str | N
 
 def _read_files(
     path: Path, shown: str, problems: Problems, warnings: list[tuple[Place, Notice]]
-) -> tuple[Node, dict[str, Any] | None]:
-    """The recipe merged over the files it extends, and its `lock` section."""
+) -> tuple[Node, dict[str, Any] | None, bool]:
+    """The recipe merged over the files it extends, its `lock` section, and whether all of these files were found."""
     layers: list[Node] = []
     seen: list[Path] = []
     lock: dict[str, Any] | None = None
+    whole = True
     while True:
         seen.append(path.resolve())
         root = parse_file(path, shown, len(layers), problems)
@@ -168,11 +169,12 @@ def _read_files(
             path, shown = _follow_extends(extends, path, shown, seen)
         except RefusedError as refused:
             problems.append((refused.place, refused.problem))
+            whole = False
             break
     merged = Node({}, Place(shown, 1, 1), in_block=True)
     for layer in reversed(layers):
         merged = _merge(merged, layer)
-    return merged, lock
+    return merged, lock, whole
 
 
 def _follow_extends(entry: Entry, path: Path, shown: str, seen: list[Path]) -> tuple[Path, str]:
@@ -383,8 +385,13 @@ def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-def _check_section(node: Node, section: type[Section], path: str, problems: Problems, broken: set[str]) -> dict:
-    """The plain values of a section without the wrong ones, whose paths are added to `broken`."""
+def _check_section(
+    node: Node, section: type[Section], path: str, problems: Problems, broken: set[str], *, whole: bool = True
+) -> dict:
+    """The plain values of a section without the wrong ones, whose paths are added to `broken`.
+
+    What is missing is no mistake of a section that is not `whole`: it may be in a file that was not found.
+    """
     fields = _fields(section)
     plain: dict[str, Any] = {}
     for key, entry in node.value.items():
@@ -412,6 +419,8 @@ def _check_section(node: Node, section: type[Section], path: str, problems: Prob
     for key, info in fields.items():
         if info.is_required() and key not in node.value:
             broken.add(_join(path, key))
+            if not whole:
+                continue
             hint = {
                 "name": "name: my-run",
                 "model": "model: {from: gpt2}, or model: {config: {model_type: gpt2, ...}}",
