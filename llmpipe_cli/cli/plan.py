@@ -13,6 +13,7 @@ from llmpipe_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from llmpipe_cli.plan.search import Found, Job
+    from llmpipe_cli.plan.stand_in import StandIn
     from llmpipe_cli.recipe.schema import Recipe
 
 ClusterOption = Annotated[
@@ -53,17 +54,18 @@ def plan(
     from llmpipe_cli.plan.finer import find
     from llmpipe_cli.plan.propose import as_json as answer_of
     from llmpipe_cli.plan.propose import find_cluster, kernels_of, make_job, read_calibration, refusal
-    from llmpipe_cli.plan.recipe_model import recipe_profile
+    from llmpipe_cli.plan.recipe_model import recipe_model
+    from llmpipe_cli.plan.stand_in import stand_in
 
     counts = _numbers(nodes)
     loaded = jobs.load(recipe, set_ or [], "plan")
     with jobs.places(loaded), console.working("planning"):
         machines = find_cluster(hostfile, cluster, devices)
-        profile = recipe_profile(loaded.recipe, kernels_of(machines))
         calibration = read_calibration(calibrate or [])
-        job = make_job(loaded.recipe, machines, profile, calibration)
-        found = find(loaded.recipe, job)
-        points = _what_if(loaded.recipe, job, counts) if counts else []
+        model = stand_in(recipe_model(loaded.recipe), kernels_of(machines))
+        job = make_job(loaded.recipe, machines, model.profile, calibration)
+        found = find(loaded.recipe, job, model)
+        points = _what_if(loaded.recipe, job, model, counts) if counts else []
         error = None if found.best or points else refusal(job, found)
     answer = answer_of(job, found, loaded.recipe)
     if points:
@@ -93,7 +95,7 @@ def _numbers(text: str | None) -> list[int]:
     return numbers
 
 
-def _what_if(recipe: Recipe, job: Job, counts: list[int]) -> list[dict[str, Any]]:
+def _what_if(recipe: Recipe, job: Job, model: StandIn, counts: list[int]) -> list[dict[str, Any]]:
     """The best layout on other numbers of nodes."""
     from dataclasses import replace
 
@@ -102,7 +104,7 @@ def _what_if(recipe: Recipe, job: Job, counts: list[int]) -> list[dict[str, Any]
     points = []
     for count in counts:
         larger = replace(job, cluster=job.cluster.first_nodes(count))
-        best = next(iter(find(recipe, larger, keep=4).best), None)
+        best = next(iter(find(recipe, larger, model, keep=4).best), None)
         tokens = job.global_batch_size * job.sequence_len
         points.append(
             {

@@ -12,7 +12,7 @@ token and token of the sequence (`_squared`), so that one profile serves every m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 Cut = Literal["outer", "inner", "none"]
@@ -173,12 +173,3 @@ class ModelProfile:
     def flops(self, tokens: float, sequence_len: int) -> float:
         """Forward operations."""
         return sum(segment.flops(tokens, sequence_len) for segment in self.segments)
-
-    def stretched(self, num_layers: int) -> ModelProfile | None:
-        """The same model with more layers; None unless all its layers but the first are the same object."""
-        places = [index for index, segment in enumerate(self.segments) if segment.kind == "layer"]
-        layers = [self.segments[index] for index in places]
-        if len(layers) < 3 or any(layer is not layers[1] for layer in layers[1:]) or len(layers) > num_layers:
-            return None
-        more = (layers[1],) * (num_layers - len(layers))
-        return replace(self, segments=self.segments[: places[-1]] + more + self.segments[places[-1] :])

@@ -19,8 +19,9 @@ from llmpipe_cli.plan.finer import find
 from llmpipe_cli.plan.plan import Plan
 from llmpipe_cli.plan.profile import ModelProfile
 from llmpipe_cli.plan.rates import TABLE_RATES
-from llmpipe_cli.plan.recipe_model import recipe_profile
+from llmpipe_cli.plan.recipe_model import recipe_model, recipe_profile
 from llmpipe_cli.plan.search import Candidate, Found, Job, Pins, search, why_not, why_slower
+from llmpipe_cli.plan.stand_in import stand_in
 from llmpipe_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -182,8 +183,9 @@ def fill_auto(recipe: Recipe, cluster: Cluster) -> Recipe:
         UsageError: no layout is possible.
         PreflightError: none fits the devices' memory.
     """
-    job = make_job(recipe, cluster)
-    found = find(recipe, job)
+    model = stand_in(recipe_model(recipe), kernels_of(cluster))
+    job = make_job(recipe, cluster, model.profile)
+    found = find(recipe, job, model)
     if not found.best:
         raise refusal(job, found)
     best = found.best[0]
