@@ -12,7 +12,7 @@ from llmpipe_cli.cli.options import DevicesOption, HostfileOption, JsonOption, R
 from llmpipe_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from llmpipe_cli.plan.search import Found, Job
+    from llmpipe_cli.plan.search import Candidate, Found, Job
     from llmpipe_cli.plan.stand_in import StandIn
     from llmpipe_cli.recipe.schema import Recipe
 
@@ -66,7 +66,8 @@ def plan(
         job = make_job(loaded.recipe, machines, model.profile, calibration)
         found = find(loaded.recipe, job, model)
         points = _what_if(loaded.recipe, job, model, counts) if counts else []
-        error = None if found.best or points else refusal(job, found)
+        fits = bool(found.best) or any(point["layout"] is not None for point in points)
+        error = None if fits else refusal(job, found)
     answer = answer_of(job, found, loaded.recipe)
     if points:
         answer["nodes"] = points
@@ -121,23 +122,34 @@ def _what_if(recipe: Recipe, job: Job, model: StandIn, counts: list[int]) -> lis
 
 
 def _show(job: Job, found: Found, answer: dict[str, Any], recipe: Recipe) -> None:
-    from llmpipe_cli.plan.search import num_chunks
     from llmpipe_cli.report import formats
-    from llmpipe_cli.report.plan import layouts_table, memory_bars, scaling_table, schedule_timeline
-    from llmpipe_cli.report.timeline import render
+    from llmpipe_cli.report.plan import layouts_table, scaling_table
 
     out = console.stdout()
     where = answer["cluster"]
+    devices = " + ".join(f"{count} x {name}" for name, count in where["counts"].items())
     out.print(
-        f"{recipe.name}: {formats.count(answer['num_parameters'])} parameters on {where['devices']} x "
-        f"{where['device']} ({where['nodes']} node{'s' if where['nodes'] > 1 else ''}); "
+        f"{recipe.name}: {formats.count(answer['num_parameters'])} parameters on {devices} "
+        f"({where['nodes']} node{'s' if where['nodes'] > 1 else ''}); "
         f"{found.num_fitting} of {found.num_considered} layouts fit",
         highlight=False,
     )
     out.print(layouts_table(answer["layouts"], answer["chosen"], out.width))
-    if not found.best:
-        return
-    best = found.best[0]
+    if found.best:
+        _show_best(job, found.best[0], answer)
+    if answer.get("nodes"):
+        out.print()
+        out.print(scaling_table(answer["nodes"]))
+
+
+def _show_best(job: Job, best: Candidate, answer: dict[str, Any]) -> None:
+    """The chosen layout: memory a stage, the picture of its schedule, how long the whole training takes."""
+    from llmpipe_cli.plan.search import num_chunks
+    from llmpipe_cli.report import formats
+    from llmpipe_cli.report.plan import memory_bars, schedule_timeline
+    from llmpipe_cli.report.timeline import render
+
+    out = console.stdout()
     out.print()
     out.print(memory_bars(answer["layouts"][0], best.capacity, min(60, out.width - 38)))
     if best.split_layers:
@@ -156,9 +168,9 @@ def _show(job: Job, found: Found, answer: dict[str, Any], recipe: Recipe) -> Non
             f"{training['device_hours']:,.1f} device-hours"
         )
     out.print(text, highlight=False)
-    if answer.get("nodes"):
-        out.print()
-        out.print(scaling_table(answer["nodes"]))
+    idle = job.cluster.num_devices - best.choice.num_devices
+    if idle:
+        out.print(f"{idle:,} of {job.cluster.num_devices:,} devices stay idle", style="yellow", highlight=False)
 
 
 def _draw(job: Job, found: Found, points: list[dict[str, Any]], path: Path) -> None:
