@@ -35,6 +35,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+LAYERS = {
+    "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 500,
+    "max_position_embeddings": 256, "dtype": "float32",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("model_type", CASES)
 def test_profile_of_real_modules(model_type: str) -> None:
     task, fields = CASES[model_type]
@@ -73,6 +79,25 @@ def test_profile_of_real_modules(model_type: str) -> None:
     assert layers[0].cut_parameters == matrices
 
 
+def test_experts_and_wide_heads_are_counted() -> None:
+    """Operations as the slice plan counts them (Jiang et al. 2024: two experts of eight take part in each token)."""
+    mixtral = {**LAYERS, "model_type": "mixtral", "num_hidden_layers": 2, "num_local_experts": 8}
+    gemma2 = {**LAYERS, "model_type": "gemma2", "num_hidden_layers": 2, "head_dim": 256, "attn_implementation": "eager"}
+    for fields in (mixtral, gemma2):
+        attention = str(fields.pop("attn_implementation", "auto"))
+        config = load_config(ModelSection(config=fields), "causal-lm")
+        cls = model_class(config, "causal-lm")
+        plan = trace_config(cls, config, "causal-lm", sequence_len=128, attn_implementation=attention)
+        profile = measure_profile(cls, config, "causal-lm", plan, dtype="bf16", attn_implementation=attention)
+        assert profile.flops(256, 128) == pytest.approx(sum(plan.flops(128, batch=2)), rel=1e-3)
+        layer = profile.segments[1]
+        if fields is mixtral:
+            experts = [product for product in layer.products if product.count == 8]
+            assert sorted((one.inner, one.outer, one.rows) for one in experts) == [(64, 320, 0.25), (160, 64, 0.25)]
+        else:
+            assert [(one.head_dim, one.fused) for one in layer.attentions] == [(256, False)]
+
+
 def test_frozen_parameters_need_no_gradients() -> None:
     task, fields = CASES["llama"]
     config = load_config(ModelSection(config={"model_type": "llama", **fields}), task)
@@ -83,10 +108,6 @@ def test_frozen_parameters_need_no_gradients() -> None:
     assert [segment.learning_on(1) > 0 for segment in profile.segments] == [False, False, False, True, False]
 
 
-LAYERS = {
-    "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 500,
-    "max_position_embeddings": 256, "dtype": "float32",
-}  # fmt: skip
 GEMMA3 = {**LAYERS, "head_dim": 16, "sliding_window": 64}
 DEEPSEEK = {
     **LAYERS, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,

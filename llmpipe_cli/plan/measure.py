@@ -40,6 +40,7 @@ _LENGTHS = (96, 192)  # no size of a model is likely to equal them
 _WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FREE = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.detach.default}
+_EXPERT_PRODUCTS = {"aten::_grouped_mm", "transformers::grouped_mm_fallback"}
 _LOOKUPS = {aten.embedding.default, aten.index_select.default, aten.gather.default}
 
 
@@ -132,6 +133,10 @@ class _CostRecorder(Recorder):
         if not outputs:
             return result
         seen.kernels += 1
+        if func._schema.name in _EXPERT_PRODUCTS:
+            shared = self._is_known_factor(args[0])
+            seen.products += [(*product, shared) for product in _expert_products(*args[:2])]
+            return result
         if func._overloadpacket in flop_registry:
             product = _product(func, args)
             if product is not None:
@@ -298,10 +303,17 @@ class _AtTwoLengths:
         for (batch, rows, inner, outer, shared), before in zip(self.many.products, earlier, strict=True):
             grows = sum(a != b for a, b in zip((rows, inner, outer), before[1:4], strict=True))
             if grows >= 2 or (batch > 1 and self.long in (inner, outer)):  # scores or values: half an attention
-                attentions[Attention(batch, min(inner, outer), fused=False, causal=False)] += 0.5
+                head_dim = outer if inner == self.long else inner  # whichever of the sides is not the sequence
+                attentions[Attention(batch, head_dim, fused=False, causal=False)] += 0.5
             else:
                 products[inner, outer, batch * rows / self.long, shared] += 1
         return products, attentions
+
+
+def _expert_products(rows: Tensor, weights: Tensor) -> list[tuple[int, float, int, int]]:
+    """`_product` of each expert of a layer, the rows dealt evenly."""
+    experts, inner, outer = weights.shape
+    return [(1, rows.shape[0] / experts, int(inner), int(outer))] * experts
 
 
 def _fit(
