@@ -153,7 +153,8 @@ def _show_best(job: Job, best: Candidate, answer: dict[str, Any]) -> None:
     out.print()
     out.print(memory_bars(answer["layouts"][0], best.capacity, min(60, out.width - 38)))
     if best.split_layers:
-        out.print(f"stages begin inside {', '.join(best.split_layers)}", highlight=False)
+        layers = sorted(best.split_layers, key=lambda name: [part.zfill(9) for part in name.split(".")])
+        out.print(f"stages begin inside {', '.join(layers)}", highlight=False)
     chunks = num_chunks(best.choice.schedule, job.pins.chunks)
     if 1 < best.choice.pipeline <= 16:
         out.print()
