@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from llmpipe_cli.errors import UsageError
 from llmpipe_cli.model.auto import example_inputs, load_config, model_class
 from llmpipe_cli.model.slicing.trace import trace_config
 from llmpipe_cli.plan.cuts import splitter
@@ -158,6 +159,27 @@ def test_deep_models_are_measured_with_few_layers(
         assert finer[0][1] == finer[1][1] == tuple(sorted(short.names[index] for index in wanted))
         assert unnamed(finer[0][0]) == unnamed(finer[1][0])
         assert len(finer[0][0].segments) > depth + 2
+
+
+def test_both_stacks_of_a_deep_model_are_shortened() -> None:
+    fields = {
+        "model_type": "t5", "d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4, "num_layers": 14,
+        "num_decoder_layers": 12, "vocab_size": 500,
+    }  # fmt: skip
+    given = {"name": "deep", "task": "translation", "model": {"config": fields}, "data": {"sequence_len": 128}}
+    model = recipe_model(Recipe.model_validate(given))
+    short, whole = stand_in(model, "cuda"), whole_model(model, "cuda")
+    assert (short.few.config.num_layers, short.few.config.num_decoder_layers) == (6, 6)
+    assert short.names == whole.names
+    assert len(whole.names) == 14 + 12 + 3
+    assert unnamed(short.profile) == unnamed(whole.profile)
+
+
+def test_sequences_longer_than_the_positions_of_a_deep_model_are_refused() -> None:
+    fields = {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 30, "vocab_size": 500, "n_positions": 256}
+    recipe = Recipe.model_validate({"name": "deep", "model": {"config": fields}, "data": {"sequence_len": 512}})
+    with pytest.raises(UsageError, match="512 tokens are longer"):
+        stand_in(recipe_model(recipe), "cuda")
 
 
 def unnamed(profile: ModelProfile) -> list[SegmentProfile]:

@@ -217,7 +217,8 @@ class _DeviceKernels(TorchFunctionMode):
         if unfused or not all(tensor.is_meta and tensor.dim() == 4 for tensor in (query, key, value)):
             return func(*args, **kwargs)
         seen = self.recorder.seen[self.recorder.place]
-        seen.attentions.append((query.shape[1], query.shape[3], bool(named.get("is_causal"))))
+        head_dim = (query.shape[3] + value.shape[3]) // 2  # DeepSeek's scores are wider than its values
+        seen.attentions.append((query.shape[1], head_dim, bool(named.get("is_causal"))))
         return _StandIn.apply(query, key, value)
 
 

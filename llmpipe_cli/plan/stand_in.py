@@ -10,12 +10,14 @@ not, the deep model itself is measured.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from llmpipe_cli.errors import UsageError
 from llmpipe_cli.plan.profile import ModelProfile, SegmentProfile
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from llmpipe_cli.plan.recipe_model import RecipeModel
 
 _DEEP, _FEWEST = 12, 6  # models from so many layers on are measured with so many or more
+_DEPTHS = (("num_hidden_layers",), ("num_layers", "num_decoder_layers"), ("encoder_layers", "decoder_layers"))
+"""Fields of configs that say how many layers each stack has."""
 _NUMBERS = {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx"}  # of a layer; not what it does
 
 
@@ -108,7 +112,12 @@ def stand_in(model: RecipeModel, device: str) -> StandIn:
     """
     recipe = model.recipe
     particular = recipe.train.freeze or recipe.train.trainable or isinstance(recipe.parallel.split_layers, list)
-    return (None if particular else _with_few_layers(model, device)) or whole_model(model, device)
+    short = None
+    if not particular:
+        # what is wrong with the model itself is said below
+        with contextlib.suppress(UsageError):
+            short = _with_few_layers(model, device)
+    return short or whole_model(model, device)
 
 
 def whole_model(model: RecipeModel, device: str) -> StandIn:
@@ -121,36 +130,48 @@ def whole_model(model: RecipeModel, device: str) -> StandIn:
 def _with_few_layers(model: RecipeModel, device: str) -> StandIn | None:
     """The first layers in the place of all; none where the model is not deep or its layers are not what they seem."""
     config = model.config
-    depth = getattr(config, "num_hidden_layers", None)
-    if not isinstance(depth, int) or depth < _DEEP or config.is_encoder_decoder:
-        return None
     if config.get_text_config() is not config:
         return None
-    layers = _kinds(model)
-    kinds = list(layers.values())
-    places = _like(kinds) if len(kinds) == depth else None
-    if places is None:
+    stacks = _stacks(model)
+    depths = [len(kinds) for kinds in stacks]
+    fields = next((each for each in _DEPTHS if [getattr(config, name, None) for name in each] == depths), None)
+    like = [_like(list(kinds.values())) for kinds in stacks]
+    if fields is None or all(places is None for places in like):
         return None
-    count = max(places) + 1
-    few = replace(model, config=_first_layers(config, depth, count))
-    fewer = _kinds(few)
+    places = [list(range(len(kinds))) if own is None else own for kinds, own in zip(stacks, like, strict=True)]
+    counts = [max(own) + 1 for own in places]
+    few = replace(model, config=_first_layers(config, dict(zip(fields, counts, strict=True))))
+    fewer = _stacks(few)
     plan, trainable = few.sliced
-    if list(fewer.values()) != kinds[:count] or [segment.name for segment in plan.segments] != ["pre", *fewer, "post"]:
+    seen = [list(kinds.values()) for kinds in fewer]
+    if seen != [list(kinds.values())[:count] for kinds, count in zip(stacks, counts, strict=True)]:
+        return None
+    if [segment.name for segment in plan.segments] != _segment_names(fewer):
         return None
     measured = few.profile(plan, trainable, device)
-    if any(
-        measured.segments[1 + place] is not measured.segments[1 + like] for place, like in enumerate(places[:count])
-    ):
-        return None
-    numbers = (0, *(1 + place for place in places), count + 1)
-    return StandIn(model, few, device, measured, ("pre", *layers, "post"), numbers)
+    numbers = [0]
+    for own, count in zip(places, counts, strict=True):
+        first = numbers[-1] + 1
+        shown = measured.segments[first : first + count - 1]
+        if any(one is not measured.segments[first + place] for one, place in zip(shown, own, strict=False)):
+            return None
+        numbers += [first + place for place in own] + [first + count]
+    return StandIn(model, few, device, measured, tuple(_segment_names(stacks)), tuple(numbers))
+
+
+def _segment_names(stacks: Sequence[dict[str, Any]]) -> list[str]:
+    """The segments of a model whose layer calls are those of its stacks."""
+    between = ["mid"] * (len(stacks) - 1) + ["post"]
+    return ["pre", *(name for stack, end in zip(stacks, between, strict=True) for name in (*stack, end))]
 
 
 def _like(kinds: Sequence[Any]) -> list[int] | None:
     """For each layer the first one of its kind between the same neighbours, of as few first layers as show them all.
 
-    The last of those layers stands for the last of all. None where it takes all layers.
+    The last of those layers stands for the last of all. None where there are few layers, or it takes all of them.
     """
+    if len(kinds) < _DEEP:
+        return None
     around = [None, *zip(kinds, kinds[1:], kinds[2:], strict=False)]
     for count in range(_FEWEST, len(kinds)):
         shown = around[1 : count - 1]
@@ -159,22 +180,27 @@ def _like(kinds: Sequence[Any]) -> list[int] | None:
     return None
 
 
-def _kinds(model: RecipeModel) -> dict[str, Any]:
-    """What each layer is: its modules, their settings, the shapes of their tensors, and what the config lists of it."""
+def _stacks(model: RecipeModel) -> list[dict[str, Any]]:
+    """What each layer of each stack is, by name: its modules, their settings, the shapes of their tensors, and what the
+    config lists of it."""
     from llmpipe_cli.model.skeleton import build_skeleton
     from llmpipe_cli.model.slicing.cuts import find_layers
 
     skeleton = build_skeleton(model.cls, model.config, attn_implementation=model.traced_attention)
-    names = list(find_layers(skeleton))
-    listed = [value for value in vars(model.config).values() if isinstance(value, (list, tuple))]
-    listed = [value for value in listed if len(value) == len(names)]
-    kinds: dict[str, Any] = {}
-    for place, name in enumerate(names):
-        modules = [
-            (path, type(module), _settings(module)) for path, module in skeleton.get_submodule(name).named_modules()
-        ]
-        kinds[name] = modules, [value[place] for value in listed]
-    return kinds
+    names: dict[str, list[str]] = {}
+    for name, stack in find_layers(skeleton).items():
+        names.setdefault(stack, []).append(name)
+    lists = [value for value in vars(model.config).values() if isinstance(value, (list, tuple))]
+    stacks = []
+    for own in names.values():
+        listed = [value for value in lists if len(value) == len(own)]
+        kinds: dict[str, Any] = {}
+        for place, name in enumerate(own):
+            modules = skeleton.get_submodule(name).named_modules()
+            described = [(path, type(module), _settings(module)) for path, module in modules]
+            kinds[name] = described, [value[place] for value in listed]
+        stacks.append(kinds)
+    return stacks
 
 
 def _settings(module: Any) -> dict[str, Any]:
@@ -184,13 +210,14 @@ def _settings(module: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in _NUMBERS} | shapes
 
 
-def _first_layers(config: PreTrainedConfig, depth: int, count: int) -> PreTrainedConfig:
-    """The config of the same model with so many of its layers."""
+def _first_layers(config: PreTrainedConfig, counts: dict[str, int]) -> PreTrainedConfig:
+    """The config of the same model with fewer layers; `counts` by the fields that say how many there are."""
     first = copy.deepcopy(config)
-    for name, value in vars(config).items():
-        if isinstance(value, (list, tuple)) and len(value) == depth:
-            setattr(first, name, value[:count])
-    first.num_hidden_layers = count
+    for field_name, count in counts.items():
+        for name, value in vars(config).items():
+            if isinstance(value, (list, tuple)) and len(value) == getattr(config, field_name):
+                setattr(first, name, value[:count])
+        setattr(first, field_name, count)
     return first
 
 
