@@ -17,11 +17,12 @@ from llmpipe_cli.plan.cluster import Cluster, Node, described
 from llmpipe_cli.plan.devices import DEVICES, GIB
 from llmpipe_cli.plan.partition import balance_unequal
 from llmpipe_cli.plan.profile import ModelProfile
-from llmpipe_cli.plan.propose import nearest, refusal
+from llmpipe_cli.plan.propose import as_json, nearest, refusal
 from llmpipe_cli.plan.search import EQUAL_WITHIN, Candidate, Job, Pins, choices, search, why_not, why_slower
 from llmpipe_cli.plan.simulate import StageCosts, simulate_schedule
 from llmpipe_cli.plan.steptime import held_activations, least_seconds, num_chunks, pipeline_time
 from llmpipe_cli.plan.transformer import transformer_profile
+from llmpipe_cli.recipe.schema import Recipe
 
 
 def _profile(num_layers: int, hidden: int = 2048) -> ModelProfile:
@@ -243,6 +244,23 @@ def test_checkpointing_and_shards_save_memory() -> None:
         assert one.optimizer == 12 * parameters
     layer = s * b * h * (34 + 5 * a * s / h)
     assert kept["none"] - kept["full"] == pytest.approx(layers * layer - layers * 2 * s * b * h, rel=0.02)
+
+
+def test_frozen_weights_have_no_operations_of_their_own() -> None:
+    """Two of a forward pass's three times remain of the products; attention keeps all."""
+    recipe = Recipe.model_validate({"name": "frozen", "model": {"config": {"model_type": "llama"}}})
+    whole = _profile(10)
+    segments = tuple(replace(segment, frozen_parameters=segment.parameters) for segment in whole.segments)
+    rates = []
+    for profile in (whole, replace(whole, segments=segments)):
+        job = Job(profile, _cluster(1, 1, "a100-80gb"), 8, 1024, pins=Pins(micro_batch_size=2, checkpointing="none"))
+        (row,) = as_json(job, search(job), recipe)["layouts"]
+        assert row["tflops_per_device"] == row["model_tflops_per_device"] < 312
+        rates.append(row["model_tflops_per_device"] * row["step_seconds"] * 1e12)
+    attention = 8 * 1024 * 4 * 2048 * 1024 * 10
+    products = whole.flops(8 * 1024, 1024) - attention
+    assert rates[0] == pytest.approx(3 * products + 3 * attention)
+    assert rates[1] == pytest.approx(2 * products + 3 * attention)
 
 
 def test_descriptions_of_clusters() -> None:

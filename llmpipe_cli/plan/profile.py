@@ -173,3 +173,10 @@ class ModelProfile:
     def flops(self, tokens: float, sequence_len: int) -> float:
         """Forward operations."""
         return sum(segment.flops(tokens, sequence_len) for segment in self.segments)
+
+    def frozen_flops(self, tokens: float) -> float:
+        """Operations of the weight gradients that are not computed, since the weights do not learn."""
+        return tokens * sum(
+            sum(product.flops for product in segment.products) * segment.frozen_parameters / max(segment.parameters, 1)
+            for segment in self.segments
+        )

@@ -259,7 +259,9 @@ def _layout(job: Job, candidate: Candidate, found: Found) -> dict[str, Any]:
     tokens = job.global_batch_size * job.sequence_len
     forward = job.profile.flops(tokens, job.sequence_len)
     seconds = candidate.seconds
-    model_flops, hardware_flops = 3 * forward, (3 + recomputed_share(job, choice.checkpointing)) * forward
+    frozen = job.profile.frozen_flops(tokens)
+    model_flops = 3 * forward - frozen
+    hardware_flops = (3 + recomputed_share(job, choice.checkpointing)) * forward - frozen
     per_device = None if seconds is None else 1 / seconds / choice.num_devices / 1e12
     best = found.best[0] if found.best else None
     reason = None
