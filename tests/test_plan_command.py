@@ -90,9 +90,24 @@ def test_impossible_requests_are_usage_errors(folder: Path) -> None:
     done = plan(folder, "--cluster", "c.yaml", "--set", "parallel.pipeline=64")
     assert done.returncode == 2
     assert "64 stages" in done.stderr
-    assert "this would fit" in done.stderr
+    assert "with another parallel.pipeline this would fit: pipeline 16" in done.stderr
+    done = plan(folder, "--cluster", "c.yaml", "--devices", "4")
+    assert done.returncode == 2
+    assert "--devices is about this machine" in done.stderr
     (folder / "c.yaml").write_text("{nodes: 2, device: a100}")
     done = plan(folder, "--cluster", "c.yaml")
     assert done.returncode == 2
     assert "a100-40gb" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_more_nodes_where_these_do_not_suffice(folder: Path) -> None:
+    (folder / "c.yaml").write_text("{nodes: 1, devices_per_node: 2, device: l4}\n")
+    done = plan(folder, "--cluster", "c.yaml", "--nodes", "2,4")
+    assert done.returncode == 0, done.stderr
+    curve = done.stdout[done.stdout.index("nodes  devices") :].splitlines()
+    assert "nothing fits" in curve[1]
+    assert curve[2].split()[-1] == "100%"
+    done = plan(folder, "--cluster", "c.yaml", "--nodes", "2")
+    assert done.returncode == 3
+    assert "on 4 such nodes this would fit" in done.stderr

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 
-from llmpipe_cli.plan.calibration import Calibration
+from llmpipe_cli.errors import UsageError
+from llmpipe_cli.plan.calibration import Calibration, calibrate_run, links_of
 from llmpipe_cli.plan.cluster import described
 from llmpipe_cli.plan.cost import CPU_PASS_SECONDS, around_passes, stage_costs
 from llmpipe_cli.plan.devices import DEVICES
@@ -85,3 +87,18 @@ def test_ranks_beside_each_other_share_memory_alone() -> None:
     assert seconds(crowded, data=2) == pytest.approx(seconds(Rates(memory=1.5), data=2))  # the bytes of passes
     assert seconds(crowded, data=2) > 1.02 * seconds(Rates(), data=2)
     assert seconds(crowded, data=1) == seconds(Rates(), data=1)
+
+
+def test_runs_and_links_that_say_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not a run directory"):
+        calibrate_run(tmp_path)
+    (tmp_path / "plan.json").write_text('{"another": "version"}')
+    with pytest.raises(UsageError, match="no timeline"):
+        calibrate_run(tmp_path)
+    (tmp_path / "timeline").mkdir()
+    (tmp_path / "timeline" / "step-00000001.json").write_text('{"ranks": []}')
+    with pytest.raises(UsageError, match="no plan of this version"):
+        calibrate_run(tmp_path)
+    for values in ([1], {}, {"intra_node_gbps": -3}, {"inter_node_gbps": float("inf")}):
+        with pytest.raises(UsageError):
+            links_of(values, "links.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -16,11 +17,12 @@ from llmpipe_cli.plan.cluster import Cluster, Node, described
 from llmpipe_cli.plan.devices import DEVICES, GIB
 from llmpipe_cli.plan.partition import balance_unequal
 from llmpipe_cli.plan.profile import ModelProfile
-from llmpipe_cli.plan.propose import nearest, refusal
-from llmpipe_cli.plan.search import EQUAL_WITHIN, Job, Pins, choices, search, why_not
+from llmpipe_cli.plan.propose import as_json, nearest, refusal
+from llmpipe_cli.plan.search import EQUAL_WITHIN, Candidate, Job, Pins, choices, search, why_not, why_slower
 from llmpipe_cli.plan.simulate import StageCosts, simulate_schedule
 from llmpipe_cli.plan.steptime import held_activations, least_seconds, num_chunks, pipeline_time
 from llmpipe_cli.plan.transformer import transformer_profile
+from llmpipe_cli.recipe.schema import Recipe
 
 
 def _profile(num_layers: int, hidden: int = 2048) -> ModelProfile:
@@ -188,6 +190,45 @@ def test_impossible_layouts_are_refused() -> None:
         assert "this would fit" in (error.hint or "")
 
 
+@pytest.mark.parametrize(
+    ("pins", "field", "kept"),
+    [
+        (Pins(pipeline=16, data=1), "parallel.pipeline", "pipeline 4 x tensor 1 x data 1"),  # the most that there are
+        (Pins(tensor=4, data=2, pipeline=1), "parallel.tensor", "pipeline 1 x tensor 2 x data 2"),
+        (Pins(pipeline=2, partition=(2, 2)), "parallel.partition", "pipeline 2 x"),
+        (Pins(pipeline=2, schedule="interleaved", chunks=4), "parallel.schedule", "pipeline 2 x"),
+        (Pins(micro_batch_size=7), "train.micro_batch_size", "micro_batch_size 8"),
+    ],
+)
+def test_what_fits_is_near_to_what_was_asked_for(pins: Pins, field: str, kept: str) -> None:
+    answers = nearest(Job(_profile(4), _cluster(1, 4), 64, 1024, pins=pins))
+    assert answers[0].startswith(f"with another {field} this would fit: ")
+    assert kept in answers[0]
+    assert len(answers) <= 3
+
+
+def test_no_number_of_nodes_that_would_do_is_said() -> None:
+    (answer,) = nearest(Job(_profile(4), _cluster(1, 2, "l4"), 2, 2**20))
+    assert answer.startswith("64 such nodes would not do either")
+
+
+def test_more_shards_than_asked_for_are_no_reason() -> None:
+    job = Job(_profile(4), _cluster(1, 4), 64, 1024, pins=Pins(pipeline=5))
+    assert list(search(job).refused) == ["5 devices are needed and there are 4"]
+
+
+def test_fewer_devices_are_a_reason_only_where_there_are_fewer() -> None:
+    job = Job(_profile(12), _cluster(1, 8, "a100-80gb"), 8, 1024)
+
+    def pinned(pipeline: int, data: int) -> Candidate:
+        pins = Pins(pipeline, 1, data, 1, schedule="1f1b", checkpointing="none")
+        return search(replace(job, pins=pins)).best[0]
+
+    best, fewer, more = pinned(2, 2), pinned(1, 2), pinned(8, 1)
+    assert why_slower(fewer, best).endswith("fewer devices at work")
+    assert "idle" in why_slower(more, best)
+
+
 def test_checkpointing_and_shards_save_memory() -> None:
     """Activation memory against Korthikanti et al. 2022: sbh (34 + 5as/h) a layer, 2 sbh under full checkpointing."""
     s, b, h, a, layers = 1024, 4, 2048, 16, 10
@@ -205,6 +246,23 @@ def test_checkpointing_and_shards_save_memory() -> None:
     assert kept["none"] - kept["full"] == pytest.approx(layers * layer - layers * 2 * s * b * h, rel=0.02)
 
 
+def test_frozen_weights_have_no_operations_of_their_own() -> None:
+    """Two of a forward pass's three times remain of the products; attention keeps all."""
+    recipe = Recipe.model_validate({"name": "frozen", "model": {"config": {"model_type": "llama"}}})
+    whole = _profile(10)
+    segments = tuple(replace(segment, frozen_parameters=segment.parameters) for segment in whole.segments)
+    rates = []
+    for profile in (whole, replace(whole, segments=segments)):
+        job = Job(profile, _cluster(1, 1, "a100-80gb"), 8, 1024, pins=Pins(micro_batch_size=2, checkpointing="none"))
+        (row,) = as_json(job, search(job), recipe)["layouts"]
+        assert row["tflops_per_device"] == row["model_tflops_per_device"] < 312
+        rates.append(row["model_tflops_per_device"] * row["step_seconds"] * 1e12)
+    attention = 8 * 1024 * 4 * 2048 * 1024 * 10
+    products = whole.flops(8 * 1024, 1024) - attention
+    assert rates[0] == pytest.approx(3 * products + 3 * attention)
+    assert rates[1] == pytest.approx(2 * products + 3 * attention)
+
+
 def test_descriptions_of_clusters() -> None:
     cluster = described(
         {
@@ -214,10 +272,19 @@ def test_descriptions_of_clusters() -> None:
         "c.yaml",
     )
     assert [(node.device.name, node.count) for node in cluster.nodes] == [("h100-80gb", 2), ("a100-40gb", 4)]
+    assert cluster.counts == {"h100-80gb": 2, "a100-40gb": 4}
     own = described({"device": {"memory_gb": 48, "bf16_tflops": 100, "memory_gbps": 600}}, "c.yaml")
     assert own.nodes[0].device.memory_bytes == 48 * GIB
     assert own.nodes[0].device.peak("bf16") == 1e14
-    for wrong in ({"device": "a100-80gb", "node": 3}, {"nodes": 2}, {"device": "a100-80gb", "nodes": 0}, {"device": 7}):
+    wrongs: list[dict[str, object]] = [
+        {"device": "a100-80gb", "node": 3},
+        {"nodes": 2},
+        {"device": "a100-80gb", "nodes": 0},
+        {"device": 7},
+        {"device": "a100-80gb", "inter_node_gbps": math.nan},
+        {"device": "a100-80gb", "intra_node_gbps": math.inf},
+    ]
+    for wrong in wrongs:
         with pytest.raises(UsageError):
             described(wrong, "c.yaml")
 

@@ -12,7 +12,8 @@ from llmpipe_cli.cli.options import DevicesOption, HostfileOption, JsonOption, R
 from llmpipe_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from llmpipe_cli.plan.search import Found, Job
+    from llmpipe_cli.plan.search import Candidate, Found, Job
+    from llmpipe_cli.plan.stand_in import StandIn
     from llmpipe_cli.recipe.schema import Recipe
 
 ClusterOption = Annotated[
@@ -53,18 +54,20 @@ def plan(
     from llmpipe_cli.plan.finer import find
     from llmpipe_cli.plan.propose import as_json as answer_of
     from llmpipe_cli.plan.propose import find_cluster, kernels_of, make_job, read_calibration, refusal
-    from llmpipe_cli.plan.recipe_model import recipe_profile
+    from llmpipe_cli.plan.recipe_model import recipe_model
+    from llmpipe_cli.plan.stand_in import stand_in
 
     counts = _numbers(nodes)
     loaded = jobs.load(recipe, set_ or [], "plan")
     with jobs.places(loaded), console.working("planning"):
         machines = find_cluster(hostfile, cluster, devices)
-        profile = recipe_profile(loaded.recipe, kernels_of(machines))
         calibration = read_calibration(calibrate or [])
-        job = make_job(loaded.recipe, machines, profile, calibration)
-        found = find(loaded.recipe, job)
-        points = _what_if(loaded.recipe, job, counts) if counts else []
-        error = None if found.best or points else refusal(job, found)
+        model = stand_in(recipe_model(loaded.recipe), kernels_of(machines))
+        job = make_job(loaded.recipe, machines, model.profile, calibration)
+        found = find(loaded.recipe, job, model)
+        points = _what_if(loaded.recipe, job, model, counts) if counts else []
+        fits = bool(found.best) or any(point["layout"] is not None for point in points)
+        error = None if fits else refusal(job, found)
     answer = answer_of(job, found, loaded.recipe)
     if points:
         answer["nodes"] = points
@@ -93,7 +96,7 @@ def _numbers(text: str | None) -> list[int]:
     return numbers
 
 
-def _what_if(recipe: Recipe, job: Job, counts: list[int]) -> list[dict[str, Any]]:
+def _what_if(recipe: Recipe, job: Job, model: StandIn, counts: list[int]) -> list[dict[str, Any]]:
     """The best layout on other numbers of nodes."""
     from dataclasses import replace
 
@@ -102,7 +105,7 @@ def _what_if(recipe: Recipe, job: Job, counts: list[int]) -> list[dict[str, Any]
     points = []
     for count in counts:
         larger = replace(job, cluster=job.cluster.first_nodes(count))
-        best = next(iter(find(recipe, larger, keep=4).best), None)
+        best = next(iter(find(recipe, larger, model, keep=4).best), None)
         tokens = job.global_batch_size * job.sequence_len
         points.append(
             {
@@ -119,27 +122,39 @@ def _what_if(recipe: Recipe, job: Job, counts: list[int]) -> list[dict[str, Any]
 
 
 def _show(job: Job, found: Found, answer: dict[str, Any], recipe: Recipe) -> None:
-    from llmpipe_cli.plan.search import num_chunks
     from llmpipe_cli.report import formats
-    from llmpipe_cli.report.plan import layouts_table, memory_bars, scaling_table, schedule_timeline
-    from llmpipe_cli.report.timeline import render
+    from llmpipe_cli.report.plan import layouts_table, scaling_table
 
     out = console.stdout()
     where = answer["cluster"]
+    devices = " + ".join(f"{count} x {name}" for name, count in where["counts"].items())
     out.print(
-        f"{recipe.name}: {formats.count(answer['num_parameters'])} parameters on {where['devices']} x "
-        f"{where['device']} ({where['nodes']} node{'s' if where['nodes'] > 1 else ''}); "
+        f"{recipe.name}: {formats.count(answer['num_parameters'])} parameters on {devices} "
+        f"({where['nodes']} node{'s' if where['nodes'] > 1 else ''}); "
         f"{found.num_fitting} of {found.num_considered} layouts fit",
         highlight=False,
     )
     out.print(layouts_table(answer["layouts"], answer["chosen"], out.width))
-    if not found.best:
-        return
-    best = found.best[0]
+    if found.best:
+        _show_best(job, found.best[0], answer)
+    if answer.get("nodes"):
+        out.print()
+        out.print(scaling_table(answer["nodes"]))
+
+
+def _show_best(job: Job, best: Candidate, answer: dict[str, Any]) -> None:
+    """The chosen layout: memory a stage, the picture of its schedule, how long the whole training takes."""
+    from llmpipe_cli.plan.search import num_chunks
+    from llmpipe_cli.report import formats
+    from llmpipe_cli.report.plan import memory_bars, schedule_timeline
+    from llmpipe_cli.report.timeline import render
+
+    out = console.stdout()
     out.print()
     out.print(memory_bars(answer["layouts"][0], best.capacity, min(60, out.width - 38)))
     if best.split_layers:
-        out.print(f"stages begin inside {', '.join(best.split_layers)}", highlight=False)
+        layers = sorted(best.split_layers, key=lambda name: [part.zfill(9) for part in name.split(".")])
+        out.print(f"stages begin inside {', '.join(layers)}", highlight=False)
     chunks = num_chunks(best.choice.schedule, job.pins.chunks)
     if 1 < best.choice.pipeline <= 16:
         out.print()
@@ -154,9 +169,9 @@ def _show(job: Job, found: Found, answer: dict[str, Any], recipe: Recipe) -> Non
             f"{training['device_hours']:,.1f} device-hours"
         )
     out.print(text, highlight=False)
-    if answer.get("nodes"):
-        out.print()
-        out.print(scaling_table(answer["nodes"]))
+    idle = job.cluster.num_devices - best.choice.num_devices
+    if idle:
+        out.print(f"{idle:,} of {job.cluster.num_devices:,} devices stay idle", style="yellow", highlight=False)
 
 
 def _draw(job: Job, found: Found, points: list[dict[str, Any]], path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import socket
 import statistics
 from collections import defaultdict
@@ -123,7 +124,9 @@ def links_of(values: Any, source: str) -> Calibration:
         raise UsageError(f"{source} names none of {', '.join(known)}", where="--calibrate")
     numbers = {name: values.get(name) for name in known}
     for name, value in numbers.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf
+        ):
             raise UsageError(f"{name} must be a number above 0, not {value!r}", where=source)
     return Calibration(
         numbers["intra_node_gbps"], numbers["inter_node_gbps"], numbers["latency_seconds"], source=source
@@ -147,11 +150,14 @@ def calibrate_run(path: Path) -> Calibration:
     written = read_json(steps[-1]) if steps else None
     if not isinstance(written, dict):
         raise UsageError(f"{path} has no timeline", where="--calibrate", hint="give a run of `llmpipe bench`")
-    plan = Plan.load(run.plan)
+    try:
+        plan = Plan.load(run.plan)
+    except ValueError as error:
+        raise UsageError(f"{run.plan} is no plan of this version", where="--calibrate", hint="run it again") from error
     lines = [line for line in read_metrics(run.metrics) if "event" not in line]
-    lines = lines[min(_WARMUP, len(lines) - 1) :]
+    lines = lines[min(_WARMUP, max(0, len(lines) - 1)) :]
     cluster = machines_for(plan)
-    if cluster is None or not lines[0].get("stages"):
+    if cluster is None or not lines or not lines[0].get("stages") or not written.get("ranks"):
         raise UsageError(f"{path} says too little of its devices and steps", where="--calibrate")
     predicted, stages = _Predicted(plan, cluster), range(plan.layout.pipeline)
     # ranks of a processor slow each other down while they work at the same time

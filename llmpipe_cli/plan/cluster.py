@@ -6,6 +6,8 @@ devices as DeepSpeed's grid numbers them: tensor shards are neighbours, then rep
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -71,6 +73,14 @@ class Cluster:
     def is_uniform(self) -> bool:
         """All nodes have as many devices, of the same kind."""
         return len({(node.device, node.count) for node in self.nodes}) == 1
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Devices of each kind, by name."""
+        counts: Counter[str] = Counter()
+        for node in self.nodes:
+            counts[node.device.name] += node.count
+        return dict(counts)
 
     def device_list(self) -> list[tuple[int, Device]]:
         """(node, device) of every rank."""
@@ -229,6 +239,6 @@ def _count(value: Any, name: str, where: str) -> int:
 
 
 def _positive(value: Any, name: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise UsageError(f"{name} must be a number above 0, not {value!r}", where=where)
     return float(value)

@@ -9,33 +9,31 @@ predicts. A finer cut is kept where it saves time worth having; the layout then 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from llmpipe_cli.engine.schedules import SCHEDULES, splits_backward
 from llmpipe_cli.plan.cost import around_passes, profile_costs, stage_costs
 from llmpipe_cli.plan.partition import balance_parts
 from llmpipe_cli.plan.plan import Layout
-from llmpipe_cli.plan.recipe_model import RecipeModel, recipe_model
+from llmpipe_cli.plan.recipe_model import recipe_model
 from llmpipe_cli.plan.search import EQUAL_WITHIN, Candidate, Found, Job, conditions_of, pinned_to, search
 from llmpipe_cli.plan.simulate import StageCosts
+from llmpipe_cli.plan.stand_in import StandIn, stand_in
 from llmpipe_cli.plan.steptime import num_chunks, pipeline_time
 from llmpipe_cli.recipe.schema import Recipe
 
-if TYPE_CHECKING:
-    from llmpipe_cli.plan.cuts import Splitter
 
-
-def find(recipe: Recipe, job: Job, *, keep: int = 12) -> Found:
+def find(recipe: Recipe, job: Job, model: StandIn | None = None, *, keep: int = 12) -> Found:
     """The best layouts of a recipe, between whole layers and inside them.
 
     Args:
         recipe: the recipe.
         job: what is planned, as `propose.make_job` makes it of the recipe.
+        model: what was measured for the job's profile; measured anew if it is needed and not given.
         keep: how many to keep of those that fit and of those that do not.
     """
     found = search(job, keep=keep)
     if recipe.parallel.split_layers == "auto" and job.pins.partition is None and job.cluster.is_uniform:
-        _cut_finer(recipe, job, found)
+        _cut_finer(recipe, job, found, model)
     return found
 
 
@@ -54,21 +52,21 @@ class _Hope:
     layers: tuple[int, ...]
 
 
-def _cut_finer(recipe: Recipe, job: Job, found: Found) -> None:
+def _cut_finer(recipe: Recipe, job: Job, found: Found, model: StandIn | None) -> None:
     """Replace those of the best layouts that are faster with stages that begin inside a layer."""
     from llmpipe_cli.plan.cuts import WORTHWHILE
 
     hopes = [_hope(job, candidate, place) for place, candidate in enumerate(found.best)]
-    model: RecipeModel | None = None
+    looked = False
     for hope in sorted((one for one in hopes if one is not None), key=lambda one: one.seconds):
         before = found.best[hope.place]
         if hope.seconds > (1.0 - EQUAL_WITHIN) * min(_seconds(candidate) for candidate in found.best):
             break  # the others could gain less
-        model = model or recipe_model(recipe)
-        finer = _finer(model, job, before, hope.layers)
+        looked, model = True, model or stand_in(recipe_model(recipe), job.profile.measured_on)
+        finer = _finer(recipe, model, job, before, hope.layers)
         if finer is not None and _seconds(finer) < _seconds(before) * (1.0 - WORTHWHILE):
             found.best[hope.place] = finer
-    if model is not None:
+    if looked:
         fastest = min(_seconds(candidate) for candidate in found.best)
         found.best.sort(key=lambda one: one.rank(fastest))
 
@@ -109,21 +107,19 @@ def _hope(job: Job, candidate: Candidate, place: int) -> _Hope | None:
     return _Hope(place, seconds, tuple(inside))
 
 
-def _finer(model: RecipeModel, job: Job, candidate: Candidate, layers: tuple[int, ...]) -> Candidate | None:
+def _finer(recipe: Recipe, model: StandIn, job: Job, candidate: Candidate, layers: tuple[int, ...]) -> Candidate | None:
     """The layout with stages that begin inside some of these layers; None where they cannot or it does not fit."""
-    from llmpipe_cli.plan.cuts import splittable, splitter
+    from llmpipe_cli.plan.cuts import splitter
 
-    choice = candidate.choice
-    plan, trainable = model.sliced
+    choice, few = candidate.choice, model.few
     layout = Layout(pipeline=choice.pipeline, tensor=choice.tensor, data=choice.data)
-    split: Splitter | None = splitter(model.recipe, "train", layout, model.cls, model.config, plan, trainable)
-    if split is None or len(plan.segments) != len(job.profile.segments):
+    split = splitter(recipe, "train", layout, few.cls, few.config, *few.sliced)
+    if split is None or len(model.names) != len(job.profile.segments):
         return None
-    possible = splittable(plan)
-    finer = split([name for index in layers if (name := plan.segments[index].name) in possible])
+    finer = model.split(layers, split)
     if finer is None:
         return None
-    profile = model.profile(finer, trainable, job.profile.measured_on)
+    profile, names = finer
     pinned = replace(job, profile=profile, pins=pinned_to(choice, job.pins.chunks))
     best = next(iter(search(pinned, keep=1).best), None)
-    return None if best is None else replace(best, split_layers=finer.split)
+    return None if best is None else replace(best, split_layers=names)

@@ -70,6 +70,18 @@ def choose_learning(
             return Learning(slice_plan)
         adapters = read_adapters(adapter)
         return Learning(extend_plan(slice_plan, build_skeleton(cls, config), adapters), adapters)
+    _check_kinds_agree(recipe, adapter, resuming)
+    if recipe.lora is not None:
+        return _adapted(recipe, cls, config, slice_plan, section, weights, adapter)
+    if recipe.train.freeze or recipe.train.trainable:
+        model = build_skeleton(cls, config)
+        chosen = select_trainable(model, slice_plan, freeze=recipe.train.freeze, trainable=recipe.train.trainable)
+        return Learning(without_needless_gradients(slice_plan, chosen), None, chosen)
+    return Learning(slice_plan)
+
+
+def _check_kinds_agree(recipe: Recipe, adapter: Path | None, resuming: Path | None) -> None:
+    """Adapters are trained on as adapters, a whole model as a whole."""
     if adapter is not None and recipe.lora is None:
         raise UsageError(
             f"{adapter} holds LoRA adapters, and the recipe has no lora section",
@@ -82,27 +94,34 @@ def choose_learning(
             where="lora",
             hint="start a new training from it with `llmpipe finetune --from`, or remove `lora`",
         )
-    if recipe.lora is not None:
-        model = build_skeleton(cls, config)
-        missing = missing_names(model, weights, allow_pickle=section.allow_pickle) if weights is not None else []
-        adapters = choose_adapters(
-            build_skeleton(cls, config),
-            recipe.lora,
-            recipe.task,
-            base=_lasting_name(section),
-            revision=section.revision,
-            missing=[name for name in missing if name not in {*slice_plan.replicated, *slice_plan.unused}],
-        )
-        if adapter is not None:
-            _check_same(adapters, read_adapters(adapter), adapter)
-        extended = extend_plan(slice_plan, model, adapters)
-        trainable = [*adapters.names, *adapters.saved]
-        return Learning(without_needless_gradients(extended, trainable), adapters, trainable)
-    if recipe.train.freeze or recipe.train.trainable:
-        model = build_skeleton(cls, config)
-        chosen = select_trainable(model, slice_plan, freeze=recipe.train.freeze, trainable=recipe.train.trainable)
-        return Learning(without_needless_gradients(slice_plan, chosen), None, chosen)
-    return Learning(slice_plan)
+
+
+def _adapted(
+    recipe: Recipe,
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    slice_plan: SlicePlan,
+    section: ModelSection,
+    weights: Path | None,
+    adapter: Path | None,
+) -> Learning:
+    """LoRA adapters learn, and what the task adds to the model."""
+    assert recipe.lora is not None
+    model = build_skeleton(cls, config)
+    missing = missing_names(model, weights, allow_pickle=section.allow_pickle) if weights is not None else []
+    adapters = choose_adapters(
+        build_skeleton(cls, config),
+        recipe.lora,
+        recipe.task,
+        base=_lasting_name(section),
+        revision=section.revision,
+        missing=[name for name in missing if name not in {*slice_plan.replicated, *slice_plan.unused}],
+    )
+    if adapter is not None:
+        _check_same(adapters, read_adapters(adapter), adapter)
+    extended = extend_plan(slice_plan, model, adapters)
+    trainable = [*adapters.names, *adapters.saved]
+    return Learning(without_needless_gradients(extended, trainable), adapters, trainable)
 
 
 def _lasting_name(section: ModelSection) -> str:

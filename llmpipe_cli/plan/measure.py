@@ -40,6 +40,7 @@ _LENGTHS = (96, 192)  # no size of a model is likely to equal them
 _WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FREE = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.detach.default}
+_EXPERT_PRODUCTS = {"aten::_grouped_mm", "transformers::grouped_mm_fallback"}
 _LOOKUPS = {aten.embedding.default, aten.index_select.default, aten.gather.default}
 
 
@@ -90,7 +91,7 @@ def measure_profile(
         return _estimated(slice_plan, model, dtype)
     carried = [slice_plan.carried_elements_per_token(b + 1) * _WIDTHS[dtype] for b in range(slice_plan.num_segments)]
     segments = tuple(
-        _fit(slice_plan, index, model, few, many, short, long, carried[index])
+        _fit(slice_plan, index, model, _AtTwoLengths(few, many, short, long), carried[index])
         for index, (few, many) in enumerate(zip(*seen, strict=True))
     )
     divides = reason_without_plan(model) is None and not slice_plan.split  # tensor shards divide whole layers
@@ -132,6 +133,10 @@ class _CostRecorder(Recorder):
         if not outputs:
             return result
         seen.kernels += 1
+        if func._schema.name in _EXPERT_PRODUCTS:
+            shared = self._is_known_factor(args[0])
+            seen.products += [(*product, shared) for product in _expert_products(*args[:2])]
+            return result
         if func._overloadpacket in flop_registry:
             product = _product(func, args)
             if product is not None:
@@ -212,7 +217,8 @@ class _DeviceKernels(TorchFunctionMode):
         if unfused or not all(tensor.is_meta and tensor.dim() == 4 for tensor in (query, key, value)):
             return func(*args, **kwargs)
         seen = self.recorder.seen[self.recorder.place]
-        seen.attentions.append((query.shape[1], query.shape[3], bool(named.get("is_causal"))))
+        head_dim = (query.shape[3] + value.shape[3]) // 2  # DeepSeek's scores are wider than its values
+        seen.attentions.append((query.shape[1], head_dim, bool(named.get("is_causal"))))
         return _StandIn.apply(query, key, value)
 
 
@@ -259,52 +265,68 @@ def _product(func: Any, args: Any) -> tuple[int, float, int, int] | None:
     return (left[0] if len(left) == 3 else 1), float(left[-2]), int(left[-1]), int(right[-1])
 
 
+@dataclass(frozen=True)
+class _AtTwoLengths:
+    """What one segment did in a short and in a long pass."""
+
+    few: _Seen
+    many: _Seen
+    short: int
+    long: int
+
+    def parts(self, name: str) -> tuple[float, float]:
+        """A number's share a token, and a token and token."""
+        at_short, at_long = getattr(self.few, name) / self.short, getattr(self.many, name) / self.long
+        squared = max(0.0, (at_long - at_short) / (self.long - self.short))
+        return max(0.0, at_long - squared * self.long), squared
+
+    def size(self, prefix: str) -> Size:
+        """Bytes, whole and cut."""
+        whole, whole_squared = self.parts(f"{prefix}_whole")
+        cut, cut_squared = self.parts(f"{prefix}_cut")
+        return Size(whole, cut, whole_squared + cut_squared)
+
+    def temporary(self) -> Size:
+        """The largest result, or what is needed backward through a cross entropy: the gradient of the
+        log-probabilities (in fp32) and, from it, of the logits."""
+        largest, probabilities = self.parts("largest"), self.parts("probabilities")
+        cut, squared = (max(one, 2 * other) for one, other in zip(largest, probabilities, strict=True))
+        return Size(cut=cut, squared=squared)
+
+    def multiplied(self) -> tuple[dict[tuple[int, int, float, bool], float], dict[Attention, float]]:
+        """Products with weights, (inner, outer, rows a token, shared), and attentions, each with its count."""
+        products: dict[tuple[int, int, float, bool], float] = defaultdict(float)
+        attentions: dict[Attention, float] = defaultdict(float)
+        for heads, dim, causal in self.many.attentions:
+            attentions[Attention(heads, dim, fused=True, causal=causal)] += 1
+        same = len(self.few.products) == len(self.many.products)
+        earlier = self.few.products if same else self.many.products
+        for (batch, rows, inner, outer, shared), before in zip(self.many.products, earlier, strict=True):
+            grows = sum(a != b for a, b in zip((rows, inner, outer), before[1:4], strict=True))
+            if grows >= 2 or (batch > 1 and self.long in (inner, outer)):  # scores or values: half an attention
+                head_dim = outer if inner == self.long else inner  # whichever of the sides is not the sequence
+                attentions[Attention(batch, head_dim, fused=False, causal=False)] += 0.5
+            else:
+                products[inner, outer, batch * rows / self.long, shared] += 1
+        return products, attentions
+
+
+def _expert_products(rows: Tensor, weights: Tensor) -> list[tuple[int, float, int, int]]:
+    """`_product` of each expert of a layer, the rows dealt evenly."""
+    experts, inner, outer = weights.shape
+    return [(1, rows.shape[0] / experts, int(inner), int(outer))] * experts
+
+
 def _fit(
-    slice_plan: SlicePlan,
-    index: int,
-    model: PreTrainedModel,
-    few: _Seen,
-    many: _Seen,
-    short: int,
-    long: int,
-    carried: float,
+    slice_plan: SlicePlan, index: int, model: PreTrainedModel, seen: _AtTwoLengths, carried: float
 ) -> SegmentProfile:
     """One segment's profile from what it did at two lengths."""
     segment = slice_plan.segments[index]
-
-    def parts(name: str) -> tuple[float, float]:
-        """A token's share, and a token's and token's."""
-        at_short, at_long = getattr(few, name) / short, getattr(many, name) / long
-        squared = max(0.0, (at_long - at_short) / (long - short))
-        return max(0.0, at_long - squared * long), squared
-
-    def size(prefix: str) -> Size:
-        whole, whole_squared = parts(f"{prefix}_whole")
-        cut, cut_squared = parts(f"{prefix}_cut")
-        return Size(whole, cut, whole_squared + cut_squared)
-
-    products: dict[tuple[Any, ...], float] = defaultdict(float)
-    attentions: dict[Attention, float] = defaultdict(float)
-    for heads, dim, causal in many.attentions:
-        attentions[Attention(heads, dim, fused=True, causal=causal)] += 1
-    same = len(few.products) == len(many.products)
-    for (batch, rows, inner, outer, shared), before in zip(
-        many.products, few.products if same else many.products, strict=True
-    ):
-        grows = sum(a != b for a, b in zip((rows, inner, outer), before[1:4], strict=True))
-        if grows >= 2 or (batch > 1 and long in (inner, outer)):  # scores or values: half an attention
-            attentions[Attention(batch, min(inner, outer), fused=False, causal=False)] += 0.5
-        else:
-            products[inner, outer, batch * rows / long, shared] += 1
-    hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0) or 0)
-    carried = carried or hidden * float(_WIDTHS[_name_of(model)])
-    saved = size("saved")
-    cut, frozen, tied = _parameter_counts(slice_plan, index, model)
     is_layer = segment.kind == "layer"
-    width = _WIDTHS[_name_of(model)]
-    # Backward through a cross entropy: the gradient of the log-probabilities (in fp32) and, from it, of the logits.
-    largest, probabilities = parts("largest"), parts("probabilities")
-    temporary = tuple(max(one, 2 * other) for one, other in zip(largest, probabilities, strict=True))
+    products, attentions = seen.multiplied()
+    hidden, width = int(getattr(model.config.get_text_config(), "hidden_size", 0) or 0), _WIDTHS[_name_of(model)]
+    carried = carried or hidden * float(width)
+    cut, frozen, tied = _parameter_counts(slice_plan, index, model)
     kept = width * sum(rows * outer * count for (_, outer, rows, _), count in products.items())
     kept += sum(count * (width * a.heads * a.head_dim + 4 * a.heads) for a, count in attentions.items() if a.fused)
     return SegmentProfile(
@@ -317,15 +339,13 @@ def _fit(
             Product(inner, outer, _cut(inner, outer, hidden, is_layer), rows, count, shared)
             for (inner, outer, rows, shared), count in products.items()
         ),
-        attentions=tuple(
-            Attention(kind.heads, kind.head_dim, kind.fused, kind.causal, count) for kind, count in attentions.items()
-        ),
-        traffic=size("moved"),
-        saved=saved,
+        attentions=tuple(replace(attention, count=count) for attention, count in attentions.items()),
+        traffic=seen.size("moved"),
+        saved=seen.size("saved"),
         selective_saved=Size(carried, kept),
-        temporary=Size(cut=temporary[0], squared=temporary[1]),
+        temporary=seen.temporary(),
         carried=carried,
-        kernels=many.kernels,
+        kernels=seen.many.kernels,
         all_reduces=2.0 if is_layer else 1.0 if segment.kind == "pre" else 0.0,
         tied=tied,
     )

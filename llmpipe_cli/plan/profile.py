@@ -12,7 +12,7 @@ token and token of the sequence (`_squared`), so that one profile serves every m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 Cut = Literal["outer", "inner", "none"]
@@ -174,11 +174,9 @@ class ModelProfile:
         """Forward operations."""
         return sum(segment.flops(tokens, sequence_len) for segment in self.segments)
 
-    def stretched(self, num_layers: int) -> ModelProfile | None:
-        """The same model with more layers; None unless all its layers but the first are the same object."""
-        places = [index for index, segment in enumerate(self.segments) if segment.kind == "layer"]
-        layers = [self.segments[index] for index in places]
-        if len(layers) < 3 or any(layer is not layers[1] for layer in layers[1:]) or len(layers) > num_layers:
-            return None
-        more = (layers[1],) * (num_layers - len(layers))
-        return replace(self, segments=self.segments[: places[-1]] + more + self.segments[places[-1] :])
+    def frozen_flops(self, tokens: float) -> float:
+        """Operations of the weight gradients that are not computed, since the weights do not learn."""
+        return tokens * sum(
+            sum(product.flops for product in segment.products) * segment.frozen_parameters / max(segment.parameters, 1)
+            for segment in self.segments
+        )

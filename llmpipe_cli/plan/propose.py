@@ -6,6 +6,8 @@ Only the model's config is needed: no weights, no tokenizer, no prepared data.
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +21,9 @@ from llmpipe_cli.plan.finer import find
 from llmpipe_cli.plan.plan import Plan
 from llmpipe_cli.plan.profile import ModelProfile
 from llmpipe_cli.plan.rates import TABLE_RATES
-from llmpipe_cli.plan.recipe_model import recipe_profile
-from llmpipe_cli.plan.search import Candidate, Found, Job, Pins, search, why_not, why_slower
+from llmpipe_cli.plan.recipe_model import recipe_model, recipe_profile
+from llmpipe_cli.plan.search import Candidate, Found, Job, Pins, choices, search, why_not, why_slower
+from llmpipe_cli.plan.stand_in import stand_in
 from llmpipe_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -28,6 +31,21 @@ if TYPE_CHECKING:
 
 SECONDS_A_DAY = 86400.0
 MAX_SHOWN = 20
+MAX_NEAREST = 3
+MAX_DEVICES = 4096
+_TRIED = 8  # values of a field that are tried before it is left
+_FREED: dict[str, tuple[str, ...]] = {
+    "partition": ("parallel.partition",),
+    "micro_batch_size": ("train.micro_batch_size",),
+    "checkpointing": ("parallel.activation_checkpointing",),
+    "schedule": ("parallel.schedule", "partition"),
+    "num_micro_batches": ("train.gradient_accumulation_steps",),
+    "tensor": ("parallel.tensor",),
+    "pipeline": ("parallel.pipeline", "partition"),
+    "data": ("parallel.data",),
+    "zero_stage": ("parallel.zero_stage",),
+}
+"""What a recipe can fix, the easiest to give up first: its name there, and what makes no sense without it."""
 
 
 def this_machine(requested: int | None = None) -> Cluster:
@@ -110,6 +128,10 @@ def find_cluster(hostfile: Path | None, cluster: Path | None, devices: int | Non
     """
     if hostfile is not None and cluster is not None:
         raise UsageError("give --hostfile or --cluster, not both", where="--cluster")
+    if cluster is not None and devices is not None:
+        raise UsageError(
+            "--devices is about this machine", where="--cluster", hint="write devices_per_node into the cluster's file"
+        )
     if cluster is not None:
         return read_cluster(cluster)
     if hostfile is not None:
@@ -182,8 +204,9 @@ def fill_auto(recipe: Recipe, cluster: Cluster) -> Recipe:
         UsageError: no layout is possible.
         PreflightError: none fits the devices' memory.
     """
-    job = make_job(recipe, cluster)
-    found = find(recipe, job)
+    model = stand_in(recipe_model(recipe), kernels_of(cluster))
+    job = make_job(recipe, cluster, model.profile)
+    found = find(recipe, job, model)
     if not found.best:
         raise refusal(job, found)
     best = found.best[0]
@@ -220,7 +243,8 @@ def as_json(job: Job, found: Found, recipe: Recipe) -> dict[str, Any]:
         "cluster": {
             "nodes": len(job.cluster.nodes),
             "devices": job.cluster.num_devices,
-            "device": job.cluster.nodes[0].device.name,
+            "device": " + ".join(job.cluster.counts),
+            "counts": job.cluster.counts,
             "intra_node_gbps": job.cluster.intra_node_gbps,
             "inter_node_gbps": job.cluster.inter_node_gbps,
             "source": job.cluster.source,
@@ -235,7 +259,9 @@ def _layout(job: Job, candidate: Candidate, found: Found) -> dict[str, Any]:
     tokens = job.global_batch_size * job.sequence_len
     forward = job.profile.flops(tokens, job.sequence_len)
     seconds = candidate.seconds
-    model_flops, hardware_flops = 3 * forward, (3 + recomputed_share(job, choice.checkpointing)) * forward
+    frozen = job.profile.frozen_flops(tokens)
+    model_flops = 3 * forward - frozen
+    hardware_flops = (3 + recomputed_share(job, choice.checkpointing)) * forward - frozen
     per_device = None if seconds is None else 1 / seconds / choice.num_devices / 1e12
     best = found.best[0] if found.best else None
     reason = None
@@ -304,27 +330,61 @@ def refusal(job: Job, found: Found) -> LlmpipeError:
         least = found.unfit[0]
         text = f"{_short(least)} comes nearest: {why_not(least)}"
         return PreflightError(f"no layout of this recipe fits the devices' memory; {text}", hint=hint)
-    reasons = ", ".join(found.refused) or "the recipe's layout and the devices do not agree"
+    reasons = "; ".join(found.refused) or "the recipe's layout and the devices do not agree"
     return UsageError(f"no layout is possible: {reasons}", where="parallel", hint=hint)
 
 
 def nearest(job: Job) -> list[str]:
-    """Layouts that would fit: with the layout left open, and on more nodes."""
-    answers = []
+    """Layouts that would fit: with one of the recipe's fields changed, with all left open, and on more nodes."""
+    answers: list[str] = []
+    for name, (field, *freed) in _FREED.items():
+        mended = bool(answers) and job.pins.partition is not None and "partition" in freed
+        if getattr(job.pins, name) is not None and not mended:
+            closest = _closest(job, name, freed)
+            if closest is not None:
+                answers.append(f"with another {field} this would fit: {_short(closest)}")
+    if answers:
+        return answers[:MAX_NEAREST]
     free = replace(job, pins=Pins(chunks=job.pins.chunks))
     found = search(free, keep=1)
-    if job.pins != free.pins and found.best:
-        answers.append(f"this would fit: {_short(found.best[0])}")
-    if not found.best:
-        for factor in (2, 4, 8, 16, 32, 64):
-            count = len(job.cluster.nodes) * factor
-            if count > 4096 // job.cluster.devices_per_node:
-                break
-            larger = search(replace(free, cluster=job.cluster.first_nodes(count)), keep=1)
-            if larger.best:
-                answers.append(f"on {count} such nodes this would fit: {_short(larger.best[0])}")
-                break
-    return answers
+    if found.best:
+        return [f"this would fit: {_short(found.best[0])}"] if job.pins != free.pins else []
+    return [_on_more_nodes(free)]
+
+
+def _on_more_nodes(job: Job) -> str:
+    """How many nodes would do, and with which layout."""
+    nodes = len(job.cluster.nodes)
+    most = min(64 * nodes, max(nodes, MAX_DEVICES // job.cluster.devices_per_node))
+    count = 2 * nodes
+    while count <= most:
+        larger = search(replace(job, cluster=job.cluster.first_nodes(count)), keep=1)
+        if larger.best:
+            return f"on {count} such nodes this would fit: {_short(larger.best[0])}"
+        count *= 2
+    return f"{most} such nodes would not do either: a shorter data.sequence_len needs less, or take larger devices"
+
+
+def _closest(job: Job, name: str, freed: Sequence[str]) -> Candidate | None:
+    """The best layout with the value of a pin that is nearest to the recipe's; none where none fits.
+
+    Args:
+        job: what is planned.
+        name: the pin.
+        freed: further pins that make no sense without it.
+    """
+    wanted = getattr(job.pins, name)
+    unpinned: dict[str, Any] = dict.fromkeys((name, *freed))
+    free = replace(job, pins=replace(job.pins, **unpinned))
+    values: list[Any] = [None]
+    if isinstance(wanted, int):
+        near = {getattr(choice, name) for choice in choices(free, Counter())} - {wanted}
+        values = sorted(near, key=lambda value: abs(math.log(value / wanted)) if wanted and value else 0.0)
+    for value in values[:_TRIED]:
+        found = search(replace(free, pins=replace(free.pins, **{name: value})), keep=1)
+        if found.best:
+            return found.best[0]
+    return None
 
 
 def _short(candidate: Candidate) -> str:

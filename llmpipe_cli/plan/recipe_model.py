@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmpipe_cli.plan.profile import ModelProfile
 from llmpipe_cli.recipe.schema import Recipe
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
 
     from llmpipe_cli.model.slicing.plan import SlicePlan
     from llmpipe_cli.recipe.schema import ModelSection
-
-_DEEP, _FEW = 24, 6  # models from so many layers on are measured with so few
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,12 @@ class RecipeModel:
     section: ModelSection
     cls: type[PreTrainedModel]
     config: PreTrainedConfig
+
+    @property
+    def traced_attention(self) -> str:
+        """The implementation of attention that can be traced without values."""
+        given = self.section.attn_implementation
+        return "sdpa" if given.startswith("flash") else given
 
     @cached_property
     def sliced(self) -> tuple[SlicePlan, list[str] | None]:
@@ -104,36 +107,6 @@ def recipe_profile(recipe: Recipe, device: str = "cuda") -> ModelProfile:
     Raises:
         UsageError: no such model, or one that cannot be traced.
     """
-    from llmpipe_cli.model.slicing.trace import trace_config
+    from llmpipe_cli.plan.stand_in import stand_in
 
-    model = recipe_model(recipe)
-    short = _shortened(model.config)
-    particular = recipe.lora is not None or recipe.train.freeze or recipe.train.trainable
-    if short is not None and not particular and not isinstance(recipe.parallel.split_layers, list):
-        few = RecipeModel(recipe, model.section, model.cls, short)
-        plan = trace_config(model.cls, short, recipe.task, attn_implementation=model.section.attn_implementation)
-        whole = few.profile(plan, None, device).stretched(model.config.num_hidden_layers)
-        if whole is not None:
-            return whole
-    return model.profile(*model.sliced, device)
-
-
-def _shortened(config: Any) -> Any | None:
-    """The config of the same model with few layers, for deep models whose layers look alike; else None.
-
-    Layers that differ are listed in the config one by one, or show in the profile (`ModelProfile.stretched`).
-    """
-    depth = getattr(config, "num_hidden_layers", None)
-    if (
-        not isinstance(depth, int)
-        or depth < _DEEP
-        or config.is_encoder_decoder
-        or config.get_text_config() is not config
-    ):
-        return None
-    listed = [value for value in vars(config).values() if isinstance(value, (list, tuple)) and len(value) == depth]
-    if listed:
-        return None
-    short = copy.deepcopy(config)
-    short.num_hidden_layers = _FEW
-    return short
+    return stand_in(recipe_model(recipe), device).profile

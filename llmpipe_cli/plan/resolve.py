@@ -21,6 +21,7 @@ from llmpipe_cli.model.auto import load_config, model_class, resolve_weights
 from llmpipe_cli.model.packing import require_block_attention
 from llmpipe_cli.model.parity import require_parity
 from llmpipe_cli.model.skeleton import build_skeleton
+from llmpipe_cli.model.slicing.plan import SlicePlan
 from llmpipe_cli.model.slicing.trace import NotSliceableError, trace_config, whole_plan
 from llmpipe_cli.model.tensor.apply import check_division
 from llmpipe_cli.model.weights import weight_files
@@ -35,9 +36,11 @@ from llmpipe_cli.plan.layout import (
 from llmpipe_cli.plan.learning import choose_learning
 from llmpipe_cli.plan.partition import balance_parts
 from llmpipe_cli.plan.plan import Job, Plan, TrainingSettings
-from llmpipe_cli.recipe.schema import Recipe, TrainSection
+from llmpipe_cli.recipe.schema import ModelSection, Recipe, TrainSection
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
     from llmpipe_cli.cluster.devices import Devices
 
 Device = Literal["cpu", "cuda"]
@@ -79,48 +82,21 @@ def make_plan(
     if checkpoint is not None:
         given = given.model_copy(update={"config": None, "from_": str(checkpoint), "revision": None})
     section, adapter = split_adapter(given)
-    vocab_size = data.vocab_size if data is not None and data.tokenizer_dir is not None else None
-    labels = data.label_names if data is not None else None
-    config = load_config(
-        config_section(section, adapter),
-        recipe.task,
-        num_labels=len(labels) if labels is not None else None,
-        vocab_size=vocab_size,
-        pad_token_id=data.special_token_ids.get("pad") if data is not None else None,
-        multi_label=data is not None and data.multi_label,
-    )
-    if data is not None and section.from_ is None:
-        _set_special_tokens(config, section.config or {}, data.special_token_ids)
-    if labels is not None:
-        config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
+    config = _configured(recipe, section, adapter, data)
     cls = model_class(config, recipe.task)
     if data is not None and data.token_types and "token_type_ids" not in inspect.signature(cls.forward).parameters:
         data = data.model_copy(update={"token_types": False})  # DistilBERT reads pairs without them
-    try:
-        slice_plan = trace_config(
-            cls,
-            config,
-            recipe.task,
-            sequence_len=recipe.data.sequence_len,
-            attn_implementation=section.attn_implementation,
-        )
-        if recipe.parallel.pipeline != 1 and num_devices > 1:
-            require_parity(config, recipe.task, attn_implementation=section.attn_implementation)
-    except NotSliceableError:
-        if recipe.parallel.pipeline != 1:
-            raise
-        slice_plan = whole_plan(cls, config)
+    slice_plan = _sliced(recipe, section, cls, config, num_devices)
     if data is not None and data.block_attention:
         require_block_attention(config, attn_implementation=section.attn_implementation)
-    weights = resolve_weights(section) if section.from_ is not None else None
-    if weights is not None:
-        weight_files(weights, allow_pickle=section.allow_pickle)
+    weights = _weights(section)
     learning = choose_learning(recipe, job, cls, config, slice_plan, section, weights, adapter, resuming=checkpoint)
     slice_plan = learning.slice_plan
     layout = choose_layout(recipe, num_devices, device, slice_plan.num_segments)
     if layout.tensor > 1:
         check_division(build_skeleton(cls, config), layout.tensor)
-    if job in ("train", "bench") and layout.pipeline > 1:
+    learns = job in ("train", "bench")
+    if learns and layout.pipeline > 1:
         slice_plan = split_as_listed(recipe, layout.tensor, cls, config, slice_plan, learning.trainable)
     micro_batch_size, num_micro_batches = choose_micro_batch_size(recipe, layout)
     schedule, slice_plan = choose_schedule_and_cut(
@@ -132,9 +108,9 @@ def make_plan(
         split=splitter(recipe, job, layout, cls, config, slice_plan, learning.trainable),
     )
     # Evaluation and generation have nothing to gain from several parts a stage.
-    placement = placement_of(recipe, layout, schedule) if job in ("train", "bench") else Placement(layout.pipeline)
+    placement = placement_of(recipe, layout, schedule) if learns else Placement(layout.pipeline)
     # What a recipe's partition counts are the parts of layers that training splits.
-    counted = job in ("train", "bench") or not isinstance(recipe.parallel.split_layers, list)
+    counted = learns or not isinstance(recipe.parallel.split_layers, list)
     bounds = _partition(recipe, placement, slice_plan.flops(recipe.data.sequence_len), counted=counted)
     resolved = recipe.model_copy(
         update={"train": recipe.train.model_copy(update={"micro_batch_size": micro_batch_size})}
@@ -162,9 +138,58 @@ def make_plan(
         activation_checkpointing="none" if checkpointing == "auto" else checkpointing,
         device=device,
         data=data.model_dump(mode="json") if data is not None else None,
-        training=_training(recipe.train, data, checkpoint) if job in ("train", "bench") else None,
+        training=_training(recipe.train, data, checkpoint) if learns else None,
         options=options or {},
     )
+
+
+def _configured(
+    recipe: Recipe, section: ModelSection, adapter: Path | None, data: PreparedData | None
+) -> PreTrainedConfig:
+    """The model's config, with the vocabulary, special tokens and labels of the data."""
+    labels = data.label_names if data is not None else None
+    config = load_config(
+        config_section(section, adapter),
+        recipe.task,
+        num_labels=len(labels) if labels is not None else None,
+        vocab_size=data.vocab_size if data is not None and data.tokenizer_dir is not None else None,
+        pad_token_id=data.special_token_ids.get("pad") if data is not None else None,
+        multi_label=data is not None and data.multi_label,
+    )
+    if data is not None and section.from_ is None:
+        _set_special_tokens(config, section.config or {}, data.special_token_ids)
+    if labels is not None:
+        config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
+    return config
+
+
+def _sliced(
+    recipe: Recipe, section: ModelSection, cls: type[PreTrainedModel], config: PreTrainedConfig, num_devices: int
+) -> SlicePlan:
+    """The model's segments; the whole model as one where it cannot be cut and the recipe wants one stage.
+
+    Raises:
+        NotSliceableError: it cannot be cut, or not so that it computes the same, and the recipe wants stages.
+    """
+    length, attention, stages = recipe.data.sequence_len, section.attn_implementation, recipe.parallel.pipeline
+    try:
+        slice_plan = trace_config(cls, config, recipe.task, sequence_len=length, attn_implementation=attention)
+        if stages != 1 and num_devices > 1:
+            require_parity(config, recipe.task, attn_implementation=attention)
+    except NotSliceableError:
+        if stages != 1:
+            raise
+        slice_plan = whole_plan(cls, config)
+    return slice_plan
+
+
+def _weights(section: ModelSection) -> Path | None:
+    """The directory of the weights to start from, whose files may be read; none from scratch."""
+    if section.from_ is None:
+        return None
+    weights = resolve_weights(section)
+    weight_files(weights, allow_pickle=section.allow_pickle)
+    return weights
 
 
 def make_plan_on(

@@ -221,7 +221,7 @@ def search(job: Job, *, keep: int = 12, exhaustive: bool = False) -> Found:
             continue  # larger micro-batches need no less memory
         candidate = workshop.candidate(choice)
         if candidate is None:
-            found.refused["the partition has another number of parts"] += 1
+            found.refused[_mismatch(job)] += 1
         elif candidate.fits:
             fitting.append(candidate)
         else:
@@ -250,11 +250,21 @@ def search(job: Job, *, keep: int = 12, exhaustive: bool = False) -> Found:
     return found
 
 
+def _mismatch(job: Job) -> str:
+    """Why a layout cannot have the recipe's partition."""
+    partition, segments = list(job.pins.partition or ()), len(job.profile.segments)
+    if sum(partition) != segments:
+        return f"partition {partition} adds up to {sum(partition)}, and the model has {segments} segments"
+    return f"partition {partition} has {len(partition)} parts, and the layout another number"
+
+
 def choices(job: Job, refused: Counter[str]) -> Iterator[Choice]:
     """Every combination that the recipe, the model and the devices allow."""
     pins, cluster, segments = job.pins, job.cluster, len(job.profile.segments)
     devices = cluster.num_devices
-    for tensor in _tensors(job, refused):
+    told = refused
+    for tensor in _tensors(job, told):
+        refused = told if tensor == (pins.tensor or 1) else Counter()  # more shards than asked for are no reason
         for pipeline in range(1, min(segments, devices // tensor) + 1) if pins.pipeline is None else (pins.pipeline,):
             if pipeline > segments:
                 refused[f"{pipeline} stages, but the model has {segments} segments"] += 1
@@ -272,7 +282,7 @@ def choices(job: Job, refused: Counter[str]) -> Iterator[Choice]:
 
 
 def _batches(job: Job, pipeline: int, tensor: int, data: int, refused: Counter[str]) -> Iterator[Choice]:
-    pins = job.pins
+    pins, segments = job.pins, len(job.profile.segments)
     samples = job.global_batch_size // data
     sizes = _divisors(samples, MAX_MICRO_BATCH) if pins.micro_batch_size is None else [pins.micro_batch_size]
     if pins.num_micro_batches is not None:
@@ -284,8 +294,11 @@ def _batches(job: Job, pipeline: int, tensor: int, data: int, refused: Counter[s
         if samples % size:
             refused[f"{samples} samples a replica are no multiple of micro_batch_size {size}"] += 1
             continue
-        if num_chunks(schedule, pins.chunks) * pipeline > len(job.profile.segments):
-            refused[f"{schedule} needs {num_chunks(schedule, pins.chunks)} parts a stage"] += 1
+        if num_chunks(schedule, pins.chunks) * pipeline > segments:
+            parts = num_chunks(schedule, pins.chunks)
+            refused[
+                f"{schedule} puts {parts} parts on each of {pipeline} stages; the model has {segments} segments"
+            ] += 1
             continue
         for zero in _zero_stages(job, data):
             for checkpointing in CHECKPOINTING if pins.checkpointing is None else (pins.checkpointing,):
@@ -559,12 +572,14 @@ def why_slower(candidate: Candidate, best: Candidate) -> str:
     slower = candidate.seconds / best.seconds - 1
     if slower <= EQUAL_WITHIN:
         return "about as fast, less simple"
+    # of what is computed longer, what the devices that do nothing would have taken over
+    taken_over = _work(best) * (best.choice.num_devices / candidate.choice.num_devices - 1)
     reasons = {
         f"idle {candidate.bubble:.0%} of the time (best {best.bubble:.0%})": _idle(candidate) - _idle(best),
-        _longer_work(candidate.choice, best.choice): _work(candidate) - _work(best),
+        _longer_work(candidate.choice, best.choice): _work(candidate) - _work(best) - taken_over,
         "reducing gradients over the replicas": _exchanged(candidate) - _exchanged(best),
         "the optimizer's step": candidate.end.optimizer - best.end.optimizer,
-        "fewer devices at work": best.choice.num_devices - candidate.choice.num_devices and best.seconds,
+        "fewer devices at work": taken_over,
     }
     reason = max(reasons, key=lambda name: reasons[name])
     return f"{slower:.0%} slower: {reason}"

@@ -107,7 +107,8 @@ def schedule_timeline(schedule: str, costs: Sequence[StageCosts], num_micro_batc
     for span in played.spans:
         kind, micro_batch, chunk = span.instruction
         ranks[span.stage].bars.append(Bar(kind, micro_batch, span.start, span.end, chunk))
-    return Timeline(0, schedule, ranks, parts)
+    name = f"{count} micro-batches" if count == num_micro_batches else f"{count} of {num_micro_batches} micro-batches"
+    return Timeline(0, schedule, ranks, parts, name)
 
 
 def plot_scaling(points: Sequence[dict[str, Any]], path: Path) -> Path:

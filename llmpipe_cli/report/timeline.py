@@ -74,12 +74,13 @@ class RankTimeline:
 
 @dataclass(frozen=True)
 class Timeline:
-    """One step of all ranks."""
+    """One step of all ranks; `name` says what it is where it is no whole step of a run."""
 
     step: int
     schedule: str
     ranks: list[RankTimeline]
     virtual_stages: int = 1
+    name: str = ""
 
     @property
     def placement(self) -> Placement:
@@ -233,7 +234,7 @@ def render(timeline: Timeline, width: int = 100) -> Text:
     label = max(len(_label(rank)) for rank in timeline.ranks)
     columns = max(20, width - label - 2)
     text = Text(no_wrap=True, overflow="crop")
-    title = f"step {timeline.step} · {timeline.schedule} · {timeline.seconds:.3f} s"
+    title = f"{timeline.name or f'step {timeline.step}'} · {timeline.schedule} · {timeline.seconds:.3f} s"
     text.append(title + "\n", style="bold")
     for rank in timeline.ranks:
         text.append(f"{_label(rank):>{label}}  ")
@@ -295,7 +296,7 @@ def plot(timeline: Timeline, path: Path) -> Path:
     axes.invert_yaxis()
     axes.set_xlim(0.0, timeline.seconds)
     axes.set_xlabel("seconds")
-    axes.set_title(f"step {timeline.step}, {timeline.schedule}", loc="left", fontsize=10)
+    axes.set_title(f"{timeline.name or f'step {timeline.step}'}, {timeline.schedule}", loc="left", fontsize=10)
     axes.spines[["top", "right", "left"]].set_visible(False)
     used = [kind for kind in _KINDS if any(rank.seconds(kind) for rank in timeline.ranks)]
     handles = [Patch(color=_KINDS[kind][2], label=_KINDS[kind][1]) for kind in used]
