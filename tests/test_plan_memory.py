@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-CASES = ("1f1b-full", "zb-h1", "zb-v", "bf16", "zero", "gpt2", "t5")
+CASES = ("1f1b-full", "zb-h1", "zb-v", "bf16", "zero", "gpt2", "t5", "short-zero-fp16")
 
 
 @pytest.fixture(scope="module")
