@@ -1,11 +1,11 @@
 """Predicted beside measured on this machine: small models on one or two ranks of one thread each.
 
-    python benchmarks/planned.py FOLDER [--seconds 200]
+    python benchmarks/planned.py FOLDER [--seconds 200] [--on CASE ...]
 
 Trains each case for a few steps, round after round so that a slow minute of the machine meets all cases, calibrates on
-the cases named in CALIBRATED_ON and predicts the step time of all of them. Measured is the median of a case's steps.
-The cases whose names begin with "pick-" are all the layouts that two ranks can have for two recipes: printed is how
-much slower the layout that the planner picks is than the best measured. What is measured is kept in
+some of them (CALIBRATED_ON, or those of --on) and predicts the step time of all of them. Measured is the median of a
+case's steps. The cases whose names begin with "pick-" are all the layouts that two ranks can have for two recipes:
+printed is how much slower the layout that the planner picks is than the best measured. What is measured is kept in
 FOLDER/measured.json, and the next call goes on with the cases that have the fewest runs. Runs beside which other work
 took more than a twentieth of the processors' time are left out.
 """
@@ -157,6 +157,7 @@ def main() -> None:
         "--seconds", type=float, default=1e9, help="start no further case after so long; 0: predict only"
     )
     parser.add_argument("--only-measure", action="store_true")
+    parser.add_argument("--on", nargs="+", default=list(CALIBRATED_ON), choices=list(CASES), metavar="CASE")
     arguments = parser.parse_args()
     arguments.folder.mkdir(exist_ok=True, parents=True)
     measured = measure(arguments.folder, arguments.seconds)
@@ -170,9 +171,9 @@ def main() -> None:
     measured = {
         name: [one for one in runs if one["others"] <= DISTURBED] or runs[:1] for name, runs in measured.items()
     }
-    calibration = read_calibration([Path(one["run"]) for name in CALIBRATED_ON for one in measured[name]])
+    calibration = read_calibration([Path(one["run"]) for name in arguments.on for one in measured[name]])
     assert calibration is not None
-    print(calibration.rates(), "link:", statistics.median(calibration.reductions), "Gbit/s")
+    print(calibration.rates(), "links:", ", ".join(f"{rate:.1f}" for rate in sorted(calibration.reductions)), "Gbit/s")
     took, predicted = {}, {}
     for name, runs in measured.items():
         candidate = planned_candidate(Plan.load(Path(runs[0]["run"]) / "plan.json"), this_machine(2), calibration)
@@ -181,12 +182,12 @@ def main() -> None:
         predicted[name] = candidate.seconds
         medians = [statistics.median(one["seconds"]) for one in runs]
         took[name] = statistics.median(seconds for one in runs for seconds in one["seconds"])
-        own = " (calibrated on)" if name in CALIBRATED_ON else ""
+        own = " (calibrated on)" if name in arguments.on else ""
         print(
             f"{name:22s} measured {took[name]:.4f} s ({min(medians):.3f} to {max(medians):.3f} in {len(runs)} runs),"
             f" predicted {candidate.seconds:.4f} s ({candidate.seconds / took[name] - 1:+.1%}){own}"
         )
-    errors = [abs(predicted[name] / took[name] - 1) for name in took if name not in CALIBRATED_ON]
+    errors = [abs(predicted[name] / took[name] - 1) for name in took if name not in arguments.on]
     print(f"{len(errors)} cases not calibrated on: {sum(error <= 0.1 for error in errors)} within 10 %;", end=" ")
     print(f"median error {statistics.median(errors):.1%}, largest {max(errors):.1%}")
     for recipe in PICKED:

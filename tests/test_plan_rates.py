@@ -52,6 +52,16 @@ def test_one_run_moves_all_rates_alike() -> None:
     assert device.memory_bandwidth * device.streaming == pytest.approx(table.memory_bandwidth * table.streaming)
 
 
+@pytest.mark.parametrize(("cores", "presumed"), [(0, 0.0), (1, 0.0), (2, 1.0), (5, 0.25)])
+def test_contention_is_presumed_where_no_run_tells_it(cores: int, presumed: float) -> None:
+    alone = Calibration(passes=(Observation((2.0, 1.0, 0.5), 7.0),), optimizer=(Observation((0.1,), 0.2),), cores=cores)
+    rates = alone.rates()
+    assert (rates.contention, rates.optimizer_contention) == (presumed, presumed)
+    assert rates.memory == pytest.approx(2.0)
+    both = alone.joined(Calibration(passes=(Observation((2.0, 1.0, 0.5), 8.0, 1.0),)))
+    assert both.rates().contention == pytest.approx(0.5, abs=0.05), "2 s of memory, 1 s more beside another rank"
+
+
 def test_links_that_replicas_of_several_runs_showed() -> None:
     cluster = described({"nodes": 2, "devices_per_node": 2, "device": "cpu", "inter_node_gbps": 10.0}, "test")
     joined = Calibration(4.0).joined(Calibration(reductions=(2.0,))).joined(Calibration(reductions=(6.0, 7.0)))

@@ -20,12 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmpipe_cli.cluster.devices import num_cores
 from llmpipe_cli.errors import UsageError
 from llmpipe_cli.plan.cluster import Cluster
 from llmpipe_cli.plan.cost import Conditions, EndOfStep, Work, around_passes, end_of_step, segment_work
 from llmpipe_cli.plan.engines import OURS
 from llmpipe_cli.plan.profile import ModelProfile, SegmentProfile
-from llmpipe_cli.plan.rates import TABLE_RATES, Observation, Rates, fit_rates
+from llmpipe_cli.plan.rates import TABLE_RATES, Observation, Rates, fit_rates, presumed_contention
 
 if TYPE_CHECKING:
     from llmpipe_cli.plan.plan import Plan
@@ -51,6 +52,7 @@ class Calibration:
         optimizer: what optimizer steps took.
         reductions: Gbit/s inside a node that replicas of runs reached while they summed gradients, a run each; their
             median takes the place of `intra_node_gbps`.
+        cores: of the processor that the ranks of the runs shared; 0 where they had devices of their own.
         source: what it was read from.
     """
 
@@ -60,6 +62,7 @@ class Calibration:
     passes: tuple[Observation, ...] = ()
     optimizer: tuple[Observation, ...] = ()
     reductions: tuple[float, ...] = ()
+    cores: int = 0
     source: str = ""
 
     def joined(self, other: Calibration) -> Calibration:
@@ -71,12 +74,14 @@ class Calibration:
             (*self.passes, *other.passes),
             (*self.optimizer, *other.optimizer),
             (*self.reductions, *other.reductions),
+            max(self.cores, other.cores),
             " ".join(filter(None, (self.source, other.source))),
         )
 
     def rates(self) -> Rates:
         """The devices' rates; the table's where no run was measured."""
-        return fit_rates(self.passes, self.optimizer) if self.passes else TABLE_RATES
+        presumed = presumed_contention(self.cores)
+        return fit_rates(self.passes, self.optimizer, presumed) if self.passes else TABLE_RATES
 
     def apply(self, cluster: Cluster) -> Cluster:
         """The cluster with measured rates where there are any."""
@@ -180,7 +185,13 @@ def calibrate_run(path: Path) -> Calibration:
         if took > 0:
             optimizer.append(Observation((end.optimizer,), took, beside))
     reductions = () if shared is None else (cluster.intra_node_gbps * cluster.link_fraction / shared,)
-    return Calibration(passes=tuple(passes), optimizer=tuple(optimizer), reductions=reductions, source=str(path))
+    return Calibration(
+        passes=tuple(passes),
+        optimizer=tuple(optimizer),
+        reductions=reductions,
+        cores=num_cores() if plan.device == "cpu" else 0,
+        source=str(path),
+    )
 
 
 def calibrate_on_earlier(plan: Plan, runs: Sequence[RunDirectory]) -> Calibration | None:

@@ -16,8 +16,8 @@ same for all models. Where they come from:
 - `memory_fraction` 0.8 and 5 microseconds a launch are assumptions that hold for all accelerators alike.
 - Memory is what the driver leaves of the nominal size: assumed (0.3 to 0.8 GiB less on A100, H100 and V100).
 - `link_gbps` is NVLink's (Infinity Fabric's) rate, one direction; for those without PCIe 4 x16 (200), T4 PCIe 3 (100).
-- The row of a processor is one core with AVX2 at 3 GHz; its bandwidth, launches and loopback are assumptions, and
-  `--calibrate` replaces all of them.
+- The row of a processor is one core with AVX2 at 3 GHz; its bandwidth and launches are assumptions. Its link is what
+  two replicas reached over gloo and loopback (3 to 8 Gbit/s in 11 runs, median 5.3). `--calibrate` replaces all of them.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ DEVICES: dict[str, Device] = {
         _device("mi250x", 64.0, 47.9, 191.5, 191.5, 1638, 800, 110, matmul_fraction=0.65),
         _device("mi300x", 191.0, 163.4, 1307.4, 1307.4, 5300, 3584, 304, matmul_fraction=0.5),
         # One core of a recent server: AVX2 at 3 GHz, a share of the memory's bandwidth; loopback between processes.
-        _device("cpu", 8.0, 0.096, 0.048, 0.012, 10, 16, 1, matmul_fraction=0.7, launch_seconds=8e-6, streaming=2.5),
+        _device("cpu", 8.0, 0.096, 0.048, 0.012, 10, 7, 1, matmul_fraction=0.7, launch_seconds=8e-6, streaming=2.5),
     )
 }  # fmt: skip
 

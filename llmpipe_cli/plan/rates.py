@@ -5,7 +5,9 @@ products and attention, bytes that kernels move, and calls of kernels. Runs of d
 tell them apart; one run tells only their sum, so each factor is held to the common one unless the observations say
 otherwise (ridge regression on relative errors). Ranks at work beside each other share the machine's memory, not its
 cores: bytes take longer by `contention` for each other rank that works at the same time, arithmetic and calls do not.
-Shared evenly, memory is no slower than by the number of those that share it: `contention` is at most 1. No torch.
+Shared evenly, memory is no slower than by the number of those that share it: `contention` is at most 1. Runs of one
+number of ranks say nothing about it; then all cores together are presumed to get twice what one core gets alone, which
+makes it 1 on two cores, as measured there, and less where more cores share more channels. No torch.
 """
 
 from __future__ import annotations
@@ -62,23 +64,31 @@ class Observation:
     others: float = 0.0
 
 
-def fit_rates(passes: Sequence[Observation], optimizer: Sequence[Observation] = ()) -> Rates:
+def presumed_contention(cores: int) -> float:
+    """Contention on a processor where no runs tell: with all cores at work bytes take twice as long."""
+    return 1.0 / (cores - 1) if cores > 1 else 0.0
+
+
+def fit_rates(passes: Sequence[Observation], optimizer: Sequence[Observation] = (), presumed: float = 0.0) -> Rates:
     """The rates that come nearest to the observations.
 
     Args:
         passes: of passes; parts are arithmetic, memory, launches.
         optimizer: of the optimizer's step; one part.
+        presumed: contention where the observations do not tell it.
     """
-    (arithmetic, memory, launches), contention = fit_factors(passes, shared=1)
-    (once,), together = fit_factors(optimizer, shared=0) if optimizer else ((1.0,), 0.0)
+    (arithmetic, memory, launches), contention = fit_factors(passes, 1, presumed)
+    (once,), together = fit_factors(optimizer, 0, presumed) if optimizer else ((1.0,), 0.0)
     return Rates(arithmetic, memory, launches, once, contention, together)
 
 
-def fit_factors(observations: Sequence[Observation], shared: int) -> tuple[tuple[float, ...], float]:
+def fit_factors(
+    observations: Sequence[Observation], shared: int, presumed: float = 0.0
+) -> tuple[tuple[float, ...], float]:
     """A factor for each part, and the contention of part `shared`, with the least squared relative error."""
     others = [one.others for one in observations]
     apart = max(others) - min(others) >= _APART
-    tried = (_factors(observations, shared, contention) for contention in (_CONTENTIONS if apart else [0.0]))
+    tried = (_factors(observations, shared, contention) for contention in (_CONTENTIONS if apart else [presumed]))
     _, factors, contention = min(tried)
     return factors, contention
 
