@@ -1,10 +1,10 @@
 """Predicted beside measured on this machine: small models on one or two ranks of one thread each.
 
-    python benchmarks/planned.py FOLDER [--seconds 200] [--on CASE ...]
+    python benchmarks/planned.py FOLDER [--seconds 200] [--on CASE ... | --each]
 
 Trains each case for a few steps, round after round so that a slow minute of the machine meets all cases, calibrates on
-some of them (CALIBRATED_ON, or those of --on) and predicts the step time of all of them. Measured is the median of a
-case's steps. The cases whose names begin with "pick-" are all the layouts that two ranks can have for two recipes:
+some of them (CALIBRATED_ON, those of --on, or each alone) and predicts the step time of all. Measured is the median of
+a case's steps. The cases whose names begin with "pick-" are all the layouts that two ranks can have for two recipes:
 printed is how much slower the layout that the planner picks is than the best measured. What is measured is kept in
 FOLDER/measured.json, and the next call goes on with the cases that have the fewest runs. Runs beside which other work
 took more than a twentieth of the processors' time are left out.
@@ -17,12 +17,18 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ranks import Ranks
 
+if TYPE_CHECKING:
+    from llmpipe_cli.plan.calibration import Calibration
+
+Measured = dict[str, list[dict[str, Any]]]
+"""By case, its runs: folder, seconds of each step, share of the processors' time that other work took."""
 WARMUP, STEPS = 2, 4
 DISTURBED = 0.05
 
@@ -121,10 +127,10 @@ def _own_seconds() -> float:
     return sum(float(own[11]) + float(own[12]) for own in fields) / os.sysconf("SC_CLK_TCK")
 
 
-def measure(folder: Path, seconds: float) -> dict[str, list[dict[str, Any]]]:
+def measure(folder: Path, seconds: float) -> Measured:
     """Runs of each case, as far as the time reaches: round after round, those with the fewest runs first."""
     kept = folder / "measured.json"
-    found: dict[str, list[dict[str, Any]]] = json.loads(kept.read_text()) if kept.is_file() else {}
+    found: Measured = json.loads(kept.read_text()) if kept.is_file() else {}
     if seconds <= 0:
         return found
     started = time.monotonic()
@@ -149,6 +155,36 @@ def step_seconds(run: Path) -> list[float]:
     return [line["step_seconds"] for line in lines if "event" not in line][WARMUP:]
 
 
+def predict(measured: Measured, names: Sequence[str]) -> tuple[dict[str, float], Calibration]:
+    """Predicted seconds a step of all cases, calibrated on the runs of the named ones."""
+    from llmpipe_cli.plan.calibration import planned_candidate
+    from llmpipe_cli.plan.plan import Plan
+    from llmpipe_cli.plan.propose import read_calibration, this_machine
+
+    calibration = read_calibration([Path(one["run"]) for name in names for one in measured[name]])
+    assert calibration is not None
+    predicted = {}
+    for name, runs in measured.items():
+        candidate = planned_candidate(Plan.load(Path(runs[0]["run"]) / "plan.json"), this_machine(2), calibration)
+        assert candidate is not None
+        assert candidate.seconds is not None
+        predicted[name] = candidate.seconds
+    return predicted, calibration
+
+
+def summary(predicted: dict[str, float], took: dict[str, float], names: Sequence[str]) -> str:
+    """How far predictions are off, and how much slower than the best measured layout the picked one is."""
+    errors = [abs(predicted[name] / took[name] - 1) for name in took if name not in names]
+    text = f"{sum(error <= 0.1 for error in errors)} of {len(errors)} cases not calibrated on within 10 %, "
+    text += f"median error {statistics.median(errors):.1%}, largest {max(errors):.1%}"
+    for recipe in PICKED:
+        layouts = [name for name in took if name.startswith(f"pick-{recipe}-")]
+        if len(layouts) == len(_LAYOUTS):
+            best, picked = min(layouts, key=took.__getitem__), min(layouts, key=predicted.__getitem__)
+            text += f"; {recipe}: picks {picked}, {took[picked] / took[best] - 1:+.1%} of the best measured, {best}"
+    return text
+
+
 def main() -> None:
     """Measure what is left, predict, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -158,44 +194,28 @@ def main() -> None:
     )
     parser.add_argument("--only-measure", action="store_true")
     parser.add_argument("--on", nargs="+", default=list(CALIBRATED_ON), choices=list(CASES), metavar="CASE")
+    parser.add_argument("--each", action="store_true", help="calibrate on each case alone")
     arguments = parser.parse_args()
     arguments.folder.mkdir(exist_ok=True, parents=True)
-    measured = measure(arguments.folder, arguments.seconds)
+    found = measure(arguments.folder, arguments.seconds)
     if arguments.only_measure:
         return
-
-    from llmpipe_cli.plan.calibration import planned_candidate
-    from llmpipe_cli.plan.plan import Plan
-    from llmpipe_cli.plan.propose import read_calibration, this_machine
-
-    measured = {
-        name: [one for one in runs if one["others"] <= DISTURBED] or runs[:1] for name, runs in measured.items()
-    }
-    calibration = read_calibration([Path(one["run"]) for name in arguments.on for one in measured[name]])
-    assert calibration is not None
+    measured = {name: [one for one in runs if one["others"] <= DISTURBED] or runs[:1] for name, runs in found.items()}
+    took = {name: statistics.median(took for one in runs for took in one["seconds"]) for name, runs in measured.items()}
+    if arguments.each:
+        for name in measured:
+            print(f"{name:22s} {summary(predict(measured, [name])[0], took, [name])}", flush=True)
+        return
+    predicted, calibration = predict(measured, arguments.on)
     print(calibration.rates(), "links:", ", ".join(f"{rate:.1f}" for rate in sorted(calibration.reductions)), "Gbit/s")
-    took, predicted = {}, {}
     for name, runs in measured.items():
-        candidate = planned_candidate(Plan.load(Path(runs[0]["run"]) / "plan.json"), this_machine(2), calibration)
-        assert candidate is not None
-        assert candidate.seconds is not None
-        predicted[name] = candidate.seconds
         medians = [statistics.median(one["seconds"]) for one in runs]
-        took[name] = statistics.median(seconds for one in runs for seconds in one["seconds"])
         own = " (calibrated on)" if name in arguments.on else ""
         print(
             f"{name:22s} measured {took[name]:.4f} s ({min(medians):.3f} to {max(medians):.3f} in {len(runs)} runs),"
-            f" predicted {candidate.seconds:.4f} s ({candidate.seconds / took[name] - 1:+.1%}){own}"
+            f" predicted {predicted[name]:.4f} s ({predicted[name] / took[name] - 1:+.1%}){own}"
         )
-    errors = [abs(predicted[name] / took[name] - 1) for name in took if name not in arguments.on]
-    print(f"{len(errors)} cases not calibrated on: {sum(error <= 0.1 for error in errors)} within 10 %;", end=" ")
-    print(f"median error {statistics.median(errors):.1%}, largest {max(errors):.1%}")
-    for recipe in PICKED:
-        names = [name for name in measured if name.startswith(f"pick-{recipe}-")]
-        if len(names) == len(_LAYOUTS):
-            best, picked = min(names, key=took.__getitem__), min(names, key=predicted.__getitem__)
-            off = took[picked] / took[best] - 1
-            print(f"{recipe}: picks {picked}, {off:+.1%} of the best measured, {best}")
+    print(summary(predicted, took, arguments.on))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ same for all models. Where they come from:
 - Memory is what the driver leaves of the nominal size: assumed (0.3 to 0.8 GiB less on A100, H100 and V100).
 - `link_gbps` is NVLink's (Infinity Fabric's) rate, one direction; for those without PCIe 4 x16 (200), T4 PCIe 3 (100).
 - The row of a processor is one core with AVX2 at 3 GHz; its bandwidth and launches are assumptions. Its link is what
-  two replicas reached over gloo and loopback (3 to 8 Gbit/s in 11 runs, median 5.3). `--calibrate` replaces all of them.
+  two replicas reached over gloo and loopback (median of 11 runs: 5.3 Gbit/s). `--calibrate` replaces all of them.
 """
 
 from __future__ import annotations
