@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 _WARMUP = 3  # steps that say nothing about the others
 _PASSES = {"F": "F", "B": "IW", "I": "I", "W": "W"}  # the halves that an instruction consists of
 _LOOKED_AT, _EARLIER_RUNS = 20, 2  # newest runs looked at for those of a model, and of these used
+# What a config gets when a checkpoint is saved; it says nothing of the model.
+_SAVED_WITH = {"architectures", "_name_or_path", "dtype", "transformers_version"}
 _LEAST_REDUCE_SECONDS = 1e-3  # shorter ones are latency
 
 
@@ -218,12 +220,18 @@ def _is_alike(run: RunDirectory, plan: Plan) -> bool:
     from llmpipe_cli.run import read_json
 
     theirs = run.read_plan()
-    if any(theirs.get(name) != getattr(plan, name) for name in ("job", "device", "model_class", "model_config_fields")):
+    if any(theirs.get(name) != getattr(plan, name) for name in ("job", "device", "model_class")):
         return False
     if theirs["recipe"]["model"]["dtype"] != plan.recipe["model"]["dtype"]:
         return False
+    if _model_fields(theirs["model_config_fields"]) != _model_fields(plan.model_config_fields):
+        return False
     ranks = [read_json(path) for path in run.control.glob("rank-*.json")]
     return bool(ranks) and {rank.get("host") for rank in ranks if isinstance(rank, dict)} == {socket.gethostname()}
+
+
+def _model_fields(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in _SAVED_WITH}
 
 
 def _median(lines: list[dict[str, Any]], stage: int, name: str) -> float:
