@@ -99,6 +99,23 @@ def test_ranks_beside_each_other_share_memory_alone() -> None:
     assert seconds(crowded, data=1) == seconds(Rates(), data=1)
 
 
+def test_ranks_have_the_cores_that_no_other_takes() -> None:
+    """Arithmetic is shared out to them; the memory is as fast as before."""
+    profile = transformer_profile(
+        num_layers=4, hidden=512, heads=8, vocab_size=2048, sequence_len=128, fused_attention=True, dtype="fp32"
+    )
+    cluster = described({"nodes": 1, "devices_per_node": 2, "device": "cpu"}, "test")
+
+    def seconds(pipeline: int, *, spare: bool, arithmetic: float = 1.0) -> float:
+        pins = Pins(pipeline=pipeline, tensor=1, data=1, micro_batch_size=2, zero_stage=0, schedule="1f1b")
+        job = Job(profile, cluster, 8, 128, pins=pins, spare_cores=spare, rates=Rates(arithmetic=arithmetic))
+        return search(job, keep=1).best[0].seconds or 0.0
+
+    assert seconds(1, spare=True) == pytest.approx(seconds(1, spare=False, arithmetic=0.5))
+    assert seconds(1, spare=True) < 0.8 * seconds(1, spare=False)
+    assert seconds(2, spare=True) == seconds(2, spare=False)
+
+
 def test_runs_and_links_that_say_nothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a run directory"):
         calibrate_run(tmp_path)

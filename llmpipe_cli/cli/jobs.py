@@ -380,7 +380,8 @@ def _forecast(plan: Plan, output_dir: Path, options: LaunchOptions) -> Forecast 
     with console.working("predicting memory and time"):
         launcher = options.starter
         find = launcher.planned_devices if options.dry_run else launcher.devices
-        cluster = machines_for(plan, find(options.devices))
+        threads = (dict(options.environment).get("OMP_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or "").strip()
+        cluster = machines_for(plan, find(options.devices), int(threads) if threads.isdecimal() else None)
         return None if cluster is None else forecast(plan, cluster, list_runs(output_dir))
 
 

@@ -163,7 +163,7 @@ def calibrate_run(path: Path) -> Calibration:
         raise UsageError(f"{run.plan} is no plan of this version", where="--calibrate", hint="run it again") from error
     lines = [line for line in read_metrics(run.metrics) if "event" not in line]
     lines = lines[min(_WARMUP, max(0, len(lines) - 1)) :]
-    cluster = machines_for(plan)
+    cluster = machines_for(plan, threads=written.get("threads", 1))
     if cluster is None or not lines or not lines[0].get("stages") or not written.get("ranks"):
         raise UsageError(f"{path} says too little of its devices and steps", where="--calibrate")
     predicted, stages = _Predicted(plan, cluster), range(plan.layout.pipeline)

@@ -85,7 +85,7 @@ def forecast(plan: Plan, cluster: Cluster, earlier: Sequence[RunDirectory] = ())
         )
     seconds = [0.0] * plan.layout.pipeline
     for part, cost in enumerate(candidate.costs):
-        seconds[plan.placement.owner(part)[0]] += cost.total * plan.num_micro_batches
+        seconds[plan.placement.owner(part)[0]] += (1 + candidate.crowding) * cost.total * plan.num_micro_batches
     return Forecast(
         candidate.seconds,
         seconds,

@@ -88,20 +88,34 @@ def cluster_of(devices: Devices) -> Cluster | None:
     return replace(one_node(device, 1), nodes=tuple(Node(device, count) for count in counts))
 
 
-def machines_for(plan: Plan, devices: Devices | None = None) -> Cluster | None:
+def machines_for(plan: Plan, devices: Devices | None = None, threads: int | None = None) -> Cluster | None:
     """The devices that a plan runs on, as many as it has ranks; None where they are not known from here.
 
     Args:
         plan: the plan.
         devices: what its launcher found; None takes devices like this machine's.
+        threads: of a rank on this machine's processor; None: all cores are shared out to the plan's ranks.
     """
     cluster = this_machine() if devices is None else cluster_of(devices)
     num_ranks = plan.layout.num_ranks
-    if cluster is None or num_ranks <= cluster.num_devices:
-        return cluster
+    if cluster is None:
+        return None
     if plan.device == "cpu" and len(cluster.nodes) == 1:
-        return this_machine(num_ranks)
-    return cluster.first_nodes(-(-num_ranks // cluster.devices_per_node))
+        cluster = cluster if num_ranks <= cluster.num_devices else this_machine(num_ranks)
+        return _with_threads(cluster, num_ranks, threads)
+    return (
+        cluster if num_ranks <= cluster.num_devices else cluster.first_nodes(-(-num_ranks // cluster.devices_per_node))
+    )
+
+
+def _with_threads(cluster: Cluster, num_ranks: int, threads: int | None) -> Cluster:
+    """Ranks of a processor that compute with several threads; the cores' memory is one rank's and all ranks' alike."""
+    from llmpipe_cli.cluster.devices import num_cores
+
+    cores = min(float(threads or max(1, num_cores() // num_ranks)), num_cores() / num_ranks)
+    base, (node,) = DEVICES["cpu"], cluster.nodes
+    device = replace(node.device, fp32=base.fp32 * cores, bf16=base.bf16 * cores, fp16=base.fp16 * cores)
+    return replace(cluster, nodes=(replace(node, device=device),))
 
 
 def hostfile_cluster(path: Path, device: Device) -> Cluster:
@@ -194,6 +208,7 @@ def make_job(
         pins=recipe_pins(recipe),
         most_tensor=1 if recipe.lora is not None else Job.most_tensor,
         rates=calibration.rates() if calibration is not None else TABLE_RATES,
+        spare_cores=len(cluster.nodes) == 1 and cluster.nodes[0].device.is_cpu,
     )
 
 

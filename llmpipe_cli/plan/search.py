@@ -75,6 +75,7 @@ class Job:
         most_tensor: most tensor shards to try.
         rates: measured rates of the devices, relative to their rows of the table.
         memory_share: share of a device's memory that may be planned for.
+        spare_cores: cores of one node's processor that no rank takes are shared out to the ranks, as `train` does.
     """
 
     profile: ModelProfile
@@ -88,6 +89,7 @@ class Job:
     most_tensor: int = 8
     rates: Rates = TABLE_RATES
     memory_share: float = 1.0
+    spare_cores: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ class Candidate:
         least: no step is shorter.
         seconds: predicted step; None where the search has not played it through.
         bubble: idle share.
+        crowding: what passes take longer for the ranks at work beside them, as a share.
         split_layers: layers that are several segments, so that stages can begin inside them.
     """
 
@@ -163,6 +166,7 @@ class Candidate:
     least: float
     seconds: float | None = None
     bubble: float = 0.0
+    crowding: float = 0.0
     split_layers: tuple[str, ...] = ()
 
     @property
@@ -376,6 +380,7 @@ class _Workshop:
         kinds = {node.device: node.device.at(job.rates) for node in job.cluster.nodes}
         self._devices = [kinds[device] for _, device in job.cluster.device_list()]
         self._crowded: dict[int, Device] = {}
+        self._wider: dict[int, Device] = {}
         # keys name a device by its identity: the few that there are live as long as this object
         self._segment_costs: dict[tuple[Any, ...], list[StageCosts]] = {}
         self._ratios: dict[tuple[Any, ...], tuple[float, ...]] = {}
@@ -422,8 +427,8 @@ class _Workshop:
                 blocking=self.job.engine.blocking_transfers,
             )
         timed = self._times[key]
-        slowdown = 1 + self._crowding(choice) * (1 - timed.bubble_fraction)
-        candidate.seconds = slowdown * timed.seconds + candidate.end.total
+        candidate.crowding = self._crowding(choice) * (1 - timed.bubble_fraction)
+        candidate.seconds = (1 + candidate.crowding) * timed.seconds + candidate.end.total
         candidate.bubble = timed.bubble_fraction
 
     def _crowding(self, choice: Choice) -> float:
@@ -431,7 +436,7 @@ class _Workshop:
         beside = min(choice.num_devices, self.job.cluster.devices_per_node) - 1
         if not beside or not self.job.rates.contention:
             return 0.0
-        alone = self._devices[0]
+        alone = self._device(choice)
         if beside not in self._crowded:
             shared = alone.memory_bandwidth / (1 + self.job.rates.contention * beside)
             self._crowded[beside] = replace(alone, memory_bandwidth=shared)
@@ -448,7 +453,7 @@ class _Workshop:
         ranks = choice.tensor * choice.data
         dtype = self.job.profile.dtype
         if self.job.cluster.is_uniform:
-            return [self._devices[0]] * choice.pipeline
+            return [self._device(choice)] * choice.pipeline
         return [
             min(
                 self._devices[stage * ranks : (stage + 1) * ranks],
@@ -456,6 +461,17 @@ class _Workshop:
             )
             for stage in range(choice.pipeline)
         ]
+
+    def _device(self, choice: Choice) -> Device:
+        """The only kind of device; with several cores where a rank has them. They share what one gets of the memory."""
+        device = self._devices[0]
+        threads = self.job.cluster.num_devices // choice.num_devices
+        if not self.job.spare_cores or threads <= 1:
+            return device
+        if threads not in self._wider:
+            peaks = {name: getattr(device, name) * threads for name in ("fp32", "bf16", "fp16")}
+            self._wider[threads] = replace(device, **peaks)
+        return self._wider[threads]
 
     def _costs(self, choice: Choice, device: Device) -> list[StageCosts]:
         key = (*self._sizes(choice), id(device))

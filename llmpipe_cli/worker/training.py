@@ -305,6 +305,7 @@ class Trainer:
                 "step": self.position.step,
                 "schedule": self.plan.schedule,
                 "virtual_stages": self.plan.virtual_stages,
+                "threads": torch.get_num_threads(),
                 "ranks": ranks,
             }
             write_json(context.run.timeline / f"step-{self.position.step:08d}.json", timeline)
